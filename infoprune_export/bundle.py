@@ -1,0 +1,175 @@
+"""The bundle: the directory that the main job writes and every other verb reads.
+
+Where things are, what the manifest says of them, and how a reader makes sure that they are
+what was written: `Bundle.open` checks every hash and refuses any path that leaves the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infoprune_export.errors import InputError
+from infoprune_export.plan import Plan, Source
+from infoprune_export.recipe import Dtype, Recipe, Scope, TargetName, Workload, first_problem
+
+SCHEMA_VERSION = 1
+VISION, EMBED, DECODER = COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+MANIFEST = "manifest.json"
+UNHASHED = (MANIFEST, "report.json", "report.html")
+"""Files that `validate` rewrites, or that hold the hashes themselves."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FileRecord(_Strict):
+    sha256: str
+    bytes: int
+
+
+class Flops(_Strict):
+    """FLOPs as counted on the exported graphs. Fractions are kept / original over `scope`."""
+
+    denominator: str
+    scope: Scope
+    requested: float
+    achieved: float
+    original: int
+    compressed: int
+    parts: dict[str, dict[str, int]]
+    """vision, projector, prefill, decode -> {original, compressed}"""
+
+
+class Manifest(_Strict):
+    schema_version: int = SCHEMA_VERSION
+    tool: str
+    libraries: dict[str, str]
+    source: Source
+    recipe: Recipe
+    workload: Workload
+    dtypes: list[Dtype]
+    targets: list[TargetName]
+    flops: Flops
+    random_weights: bool = False
+    files: dict[str, FileRecord]
+
+
+def graph_file(component: str, dtype: Dtype = "fp32") -> str:
+    """File name of a component's graph: `decoder_model_merged.onnx`, `..._fp16.onnx`."""
+    return f"{component}.onnx" if dtype == "fp32" else f"{component}_{dtype}.onnx"
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+
+
+def _sha256(f) -> str:
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def inside(root: Path, relative: str, where: object) -> Path:
+    """The file that a relative path names, if it stays inside `root`.
+
+    Raises:
+        InputError: for absolute paths, `..` and links that lead out.
+    """
+    pure = PurePosixPath(relative)
+    path = root / pure
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"path {relative!r} leaves the bundle", where=where, mend="do not use this bundle; fetch it again from its maker")
+    return path
+
+
+class Bundle:
+    """A bundle that was opened and checked."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: Path | str, verify: bool = True) -> "Bundle":
+        """Opens a bundle.
+
+        Args:
+            path: Its directory.
+            verify: Check the sha256 of every file that the manifest lists.
+
+        Raises:
+            InputError: not a bundle, a changed or missing file, a path that leaves the bundle.
+        """
+        path = Path(path)
+        manifest_path = path / MANIFEST
+        if not manifest_path.is_file():
+            raise InputError("is not a bundle (no manifest.json)", where=path, mend="make one: infoprune-export MODEL --out DIR")
+        try:
+            data = json.loads(manifest_path.read_text(encoding="utf-8"))
+            manifest = Manifest.model_validate(data)
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise InputError(f"cannot be read ({e})", where=manifest_path) from None
+        except ValidationError as e:
+            raise InputError(first_problem(e), where=manifest_path, mend="make the bundle again with this version") from None
+        bundle = cls(path, manifest)
+        for name, record in manifest.files.items():
+            file = inside(path, name, manifest_path)
+            if not file.is_file():
+                raise InputError(f"{name} is missing", where=path, mend="fetch or make the bundle again")
+            if verify and (file.stat().st_size != record.bytes or file_sha256(file) != record.sha256):
+                raise InputError(
+                    f"{name} is not the file that was written (sha256 differs)", where=path, mend="fetch or make the bundle again"
+                )
+        return bundle
+
+    def root(self, original: bool = False) -> Path:
+        """The directory that holds `onnx/` and `engines/` of the compressed or the original network."""
+        return self.path / "original" if original else self.path
+
+    def graph(self, component: str, dtype: Dtype = "fp32", original: bool = False) -> Path:
+        """Path of one component's graph."""
+        return self.root(original) / "onnx" / graph_file(component, dtype)
+
+    def engines(self, target: TargetName, original: bool = False) -> Path:
+        """Directory of a target's engines."""
+        return self.root(original) / "engines" / target
+
+    @property
+    def has_original(self) -> bool:
+        return (self.path / "original" / "onnx").is_dir()
+
+    @property
+    def reference(self) -> Path:
+        """Inputs and outputs of the PyTorch network, against which the graphs are validated."""
+        return self.path / "reference.safetensors"
+
+    def plan(self) -> Plan:
+        return Plan.read(self.path / "plan.json")
+
+    def write_manifest(self) -> None:
+        """Hashes every file of the bundle and writes the manifest anew."""
+        self.manifest.files = hash_tree(self.path)
+        write_atomically(self.path / MANIFEST, self.manifest.model_dump_json(indent=1))
+
+
+def hash_tree(root: Path) -> dict[str, FileRecord]:
+    """Path to record of every file below `root` but the unhashed ones, sorted."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.relative_to(root).as_posix() not in UNHASHED)
+    return {p.relative_to(root).as_posix(): FileRecord(sha256=file_sha256(p), bytes=p.stat().st_size) for p in files}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old or the new one, never half."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)

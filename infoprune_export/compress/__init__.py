@@ -1,0 +1,1 @@
+"""The InfoPrune method on PyTorch models: statistics, scores, allocation, surgery."""

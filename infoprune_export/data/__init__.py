@@ -1,0 +1,1 @@
+"""Visual question answering data in the official file formats."""

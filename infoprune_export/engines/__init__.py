@@ -1,0 +1,1 @@
+"""Loadable artefacts for a target: ONNX Runtime sessions and TensorRT engines."""

@@ -1,0 +1,1 @@
+"""From the PyTorch network to ONNX graphs: export, rewriting by a plan, FLOP counts, reference outputs."""

@@ -1,0 +1,1 @@
+"""Where a model keeps what we compress: anatomy, families, loading, FLOPs."""

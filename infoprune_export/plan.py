@@ -1,0 +1,168 @@
+"""plan.json: what is kept of every layer. A person can read it, edit it and apply it.
+
+A plan carries the anatomy of the model it was made for, so tables and FLOP counts can be made
+from it alone. The weights that go with it are in factors.safetensors (see `Plan.factors_sha256`):
+
+    {site}.weight, {site}.bias      refitted output projection (site = "language.3.o")
+    {site}.first, {site}.second     low-rank pair, second @ first, of a feed-forward matrix
+    {site}.bias                     its bias, where it has one
+
+Query, key and value projections need no factors: they are rows of the original's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infoprune_export.errors import InputError
+from infoprune_export.models.anatomy import Anatomy, site
+from infoprune_export.recipe import Criterion, Scope, Workload, first_problem
+
+SCHEMA_VERSION = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LayerPlan(_Strict):
+    """What is kept of one layer: query heads, KV groups, and a rank (None = dense) per FFN matrix."""
+
+    tower: Literal["vision", "language"]
+    layer: int
+    kv_groups: list[int] = Field(description="kept KV groups, ascending; for attention without grouping, the kept heads")
+    heads: list[int] = Field(description="kept query heads, ascending, the same number in every kept group")
+    ranks: dict[Literal["gate", "up", "down"], int | None]
+
+
+class Source(_Strict):
+    id: str
+    sha256: str
+
+
+class Budget(_Strict):
+    """FLOPs asked for and predicted, as fractions kept of the original's over the scope."""
+
+    scope: Scope
+    requested: float
+    predicted: float
+    original_flops: int
+    compressed_flops: int
+
+
+class Plan(_Strict):
+    schema_version: int = SCHEMA_VERSION
+    source: Source
+    seed: int = 0
+    criterion: Criterion
+    workload: Workload
+    budget: Budget
+    layers: list[LayerPlan]
+    anatomy: Anatomy
+    factors_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_anatomy(self) -> "Plan":
+        known = {(layer.tower, layer.index): layer for layer in self.anatomy.layers()}
+        seen = set()
+        for i, decision in enumerate(self.layers):
+            where = f"layers[{i}]"
+            key = (decision.tower, decision.layer)
+            if key not in known:
+                raise ValueError(f"{where}: the model has no layer {decision.layer} in its {decision.tower} tower")
+            if key in seen:
+                raise ValueError(f"{where}: {decision.tower} layer {decision.layer} is planned twice")
+            seen.add(key)
+            attention, ffn = known[key].attention, known[key].ffn
+            _check_kept(f"{where}.kv_groups", decision.kv_groups, attention.kv_groups)
+            _check_kept(f"{where}.heads", decision.heads, attention.heads)
+            per_group = {g: sum(h // attention.heads_per_group == g for h in decision.heads) for g in decision.kv_groups}
+            if sum(per_group.values()) != len(decision.heads) or len(set(per_group.values())) != 1:
+                raise ValueError(f"{where}.heads: keep the same number of query heads in every kept KV group, and none outside them")
+            if set(decision.ranks) != set(ffn.matrices):
+                raise ValueError(f"{where}.ranks: expected exactly {', '.join(ffn.matrices)}")
+            for role, rank in decision.ranks.items():
+                full = min(ffn.matrices[role].d_in, ffn.matrices[role].d_out)
+                if rank is not None and not 1 <= rank <= full:
+                    raise ValueError(f"{where}.ranks.{role}: {rank} is not a rank between 1 and {full} (or null for dense)")
+        missing = set(known) - seen
+        if missing:
+            tower, index = min(missing)
+            raise ValueError(f"layers: {tower} layer {index} is missing")
+        return self
+
+    def decision(self, tower: str, index: int) -> LayerPlan:
+        """The decision for one layer of one tower."""
+        return next(d for d in self.layers if (d.tower, d.layer) == (tower, index))
+
+    def low_rank_sites(self) -> dict[str, int]:
+        """Site to rank, of every matrix that becomes a low-rank pair."""
+        return {site(d.tower, d.layer, role): r for d in self.layers for role, r in d.ranks.items() if r is not None}
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is removed."""
+        return not self.low_rank_sites() and not any(
+            len(d.heads) < layer.attention.heads for layer in self.anatomy.layers() for d in [self.decision(layer.tower, layer.index)]
+        )
+
+    def to_json(self) -> str:
+        return _compact(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_json(cls, text: str, where: object = "plan") -> "Plan":
+        """Reads a plan and checks it against the anatomy that it carries.
+
+        Raises:
+            InputError: naming the field.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise InputError(f"line {e.lineno}: not JSON ({e.msg})", where=where) from None
+        if isinstance(data, dict) and data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise InputError(
+                f"schema_version {data['schema_version']!r} is not {SCHEMA_VERSION}", where=where, mend="make the plan again with this version"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            raise InputError(first_problem(e), where=where) from None
+
+    @classmethod
+    def read(cls, path: Path) -> "Plan":
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"cannot be read ({e})", where=path) from None
+        return cls.from_json(text, where=path)
+
+
+Factors = dict[str, np.ndarray]
+"""Contents of factors.safetensors: tensor name to float32 array."""
+
+
+def _check_kept(where: str, kept: list[int], of: int) -> None:
+    if not kept:
+        raise ValueError(f"{where}: at least one must stay")
+    if kept != sorted(set(kept)):
+        raise ValueError(f"{where}: must ascend without repeats")
+    if kept[0] < 0 or kept[-1] >= of:
+        raise ValueError(f"{where}: {kept[-1] if kept[-1] >= of else kept[0]} is not between 0 and {of - 1}")
+
+
+def _compact(value: object, indent: int = 0) -> str:
+    """JSON with one line per leaf object, so that a plan reads as a table."""
+    pad = " " * (indent + 1)
+    if isinstance(value, dict) and any(isinstance(v, (dict, list)) and v for v in value.values()) and indent < 3:
+        items = ",\n".join(f"{pad}{json.dumps(k)}: {_compact(v, indent + 1)}" for k, v in value.items())
+        return "{\n" + items + "\n" + " " * indent + "}"
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        items = ",\n".join(f"{pad}{json.dumps(v)}" for v in value)
+        return "[\n" + items + "\n" + " " * indent + "]"
+    return json.dumps(value)

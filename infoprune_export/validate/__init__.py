@@ -1,0 +1,1 @@
+"""What a bundle is worth against its original: numerics, accuracy, latency, size."""

@@ -1,0 +1,1 @@
+"""Deterministic image sets behind the embedded `tiny-llava` model."""

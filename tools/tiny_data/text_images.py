@@ -1,0 +1,143 @@
+"""Words rendered on plain backgrounds, with questions about their letters."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+import random
+
+from PIL import Image, ImageDraw, ImageFont
+
+from tiny_data import words
+from tiny_data.sample import (
+    COLORS,
+    HEAD_INDEX,
+    IMAGE_SIZE,
+    Question,
+    Sample,
+    empty_labels,
+    jitter,
+    pale,
+    patch_overlap,
+)
+
+# Free fonts that come with matplotlib: DejaVu (Bitstream Vera licence), STIX
+# (OFL) and Computer Modern (BaKoMa).
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSans-BoldOblique",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "cmss10",
+    "cmr10",
+    "cmb10",
+    "cmtt10",
+)
+SIZES = tuple(range(12, 30))
+_PLACES = (("first", 0), ("second", 1), ("third", 2), ("last", -1))
+_WORD_FORMS = ("what is the word?", "what word is shown?", "what does the text say?")
+# Below this mean advance several letters share one 8x8 patch.
+_MIN_ADVANCE = 8.0
+_MARGIN = 2
+
+
+@lru_cache(maxsize=None)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _choose_font(rng: random.Random, word: str) -> tuple[ImageFont.FreeTypeFont, str, int]:
+    name = rng.choice(FONTS)
+    limit = IMAGE_SIZE - 2 * _MARGIN
+    fitting = []
+    for size in SIZES:
+        left, _, right, _ = _font(name, size).getbbox(word)
+        if right - left <= limit and (right - left) / len(word) >= _MIN_ADVANCE:
+            fitting.append(size)
+    size = rng.choice(fitting) if fitting else next(
+        s for s in reversed(range(8, 30)) if _font(name, s).getlength(word) <= limit
+    )
+    return _font(name, size), name, size
+
+
+def _contrasting(rng: random.Random) -> tuple[tuple, tuple, str]:
+    """Returns background, ink and the ink's name; one image in five is light on dark."""
+    if rng.random() < 0.2:
+        dark = tuple(rng.randint(0, 60) for _ in range(3))
+        return dark, pale(rng), "light"
+    name = rng.choice([c for c in COLORS if c not in ("yellow", "gray")])
+    return pale(rng), jitter(rng, COLORS[name], 20), name
+
+
+def questions_for(rng: random.Random, word: str) -> list[Question]:
+    """Returns the word question and the four letter questions, in that order."""
+    asked = [Question(rng.choice(_WORD_FORMS), word, "word")]
+    for name, index in _PLACES:
+        asked.append(Question(f"what is the {name} letter?", word[index], f"{name} letter"))
+    return asked
+
+
+def render(rng: random.Random, word: str, limit: int | None = None) -> Sample:
+    """Renders `word` and asks about it.
+
+    Args:
+        rng: Stream that decides font, size, colours and place.
+        word: Upper-case letters.
+        limit: Keep the word question and `limit - 1` letter questions; all if None.
+
+    Returns:
+        The sample, with per-patch letter labels.
+    """
+    font, font_name, size = _choose_font(rng, word)
+    background, ink, ink_name = _contrasting(rng)
+    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), background)
+    left, top, right, bottom = font.getbbox(word)
+    x = rng.randint(_MARGIN, max(_MARGIN, IMAGE_SIZE - _MARGIN - (right - left))) - left
+    y = rng.randint(_MARGIN, max(_MARGIN, IMAGE_SIZE - _MARGIN - (bottom - top))) - top
+    ImageDraw.Draw(image).text((x, y), word, font=font, fill=ink)
+
+    labels = empty_labels()
+    labels[:, HEAD_INDEX["letter"]] = 0
+    labels[:, HEAD_INDEX["shape"]] = 0
+    best = [0.0] * len(labels)
+    for index, letter in enumerate(word):
+        start, end = font.getlength(word[:index]), font.getlength(word[: index + 1])
+        area = patch_overlap((x + start, y + top, x + end, y + bottom))
+        for patch in area.nonzero()[0]:
+            if area[patch] >= 12 and area[patch] > best[patch]:
+                best[patch] = area[patch]
+                labels[patch, HEAD_INDEX["letter"]] = ord(letter) - ord("A") + 1
+                labels[patch, HEAD_INDEX["from_start"]] = index
+                labels[patch, HEAD_INDEX["from_end"]] = len(word) - 1 - index
+
+    asked = questions_for(rng, word)
+    if limit is not None:
+        asked = asked[:1] + rng.sample(asked[1:], limit - 1)
+    info = {"word": word, "font": font_name, "size": size, "ink": ink_name}
+    return Sample(image, asked, labels, info)
+
+
+def training_sample(rng: random.Random) -> Sample:
+    """Returns a fresh training image, asked about in every form."""
+    sample = render(rng, words.pick_for_training(rng))
+    word = sample.questions.pop(0).answer
+    sample.questions += [Question(form, word, "word") for form in _WORD_FORMS]
+    return sample
+
+
+def held_out_sample(rng: random.Random, index: int, limit: int = 3) -> Sample:
+    """Returns an evaluation image: every other word was never seen in training."""
+    unseen = index % 2 == 1
+    word = words.pick_held_out(rng) if unseen else words.pick_seen(rng)
+    sample = render(rng, word, limit)
+    sample.info["unseen_word"] = unseen
+    return sample

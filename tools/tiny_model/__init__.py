@@ -1,0 +1,1 @@
+"""Architecture, training objectives and scoring of the `tiny-llava` model."""

@@ -1,0 +1,39 @@
+"""Per-patch supervision of the vision tower; the heads are thrown away afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tiny_data.sample import HEADS, IGNORE
+
+
+class DenseHeads(nn.Module):
+    """One linear classifier per column of the per-patch labels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, sum(HEADS.values()))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Returns the summed loss and the accuracy of every head."""
+        logits = self.classify(self.norm(features)).float().split(list(HEADS.values()), -1)
+        loss, accuracy = features.new_zeros(()), {}
+        for index, name in enumerate(HEADS):
+            target = labels[..., index]
+            known = target != IGNORE
+            if not known.any():
+                continue
+            picked, target = logits[index][known], target[known]
+            each = nn.functional.cross_entropy(picked, target, reduction="none")
+            # For letter and shape most patches are background: give what is
+            # shown half of the weight.
+            shown = target > 0 if name in ("letter", "shape") else torch.ones_like(target, dtype=torch.bool)
+            for part in (shown, ~shown):
+                if part.any():
+                    loss = loss + 0.5 * each[part].mean()
+            if shown.any():
+                hit = (picked.argmax(-1) == target)[shown]
+                accuracy[name] = hit.float().mean().item()
+        return loss, accuracy
