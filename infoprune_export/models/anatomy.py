@@ -7,7 +7,8 @@ and no PyTorch, so a plan can carry them to a device that has neither.
 
 from __future__ import annotations
 
-from typing import Annotated, Iterator, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 

@@ -1,0 +1,55 @@
+"""Calibration samples put into batches of equal length, in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from infoprune_export.compress.statistics import Batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its reference answer.
+
+    Attributes:
+        prompt_ids: Token ids of the prompt, image tokens expanded, shape [n] int64.
+        answer_ids: Token ids of the answer and the end token; may be empty.
+        pixel_values: Shape [images, 3, H, W] float32; None for a question without an image.
+    """
+
+    prompt_ids: np.ndarray
+    answer_ids: np.ndarray
+    pixel_values: np.ndarray | None
+
+
+def make_batches(samples: Sequence[Sample], size: int = 16) -> list[Batch]:
+    """Groups samples of equal length and equal number of images.
+
+    The loss is on the answer's tokens; where a sample has no answer, on every text token after the first.
+    """
+    groups: dict[tuple[int, int], list[Sample]] = {}
+    for s in samples:
+        images = 0 if s.pixel_values is None else len(s.pixel_values)
+        groups.setdefault((len(s.prompt_ids) + len(s.answer_ids), images), []).append(s)
+    batches = []
+    for (_, images), group in sorted(groups.items()):
+        for start in range(0, len(group), size):
+            batches.append(_batch(group[start : start + size], images > 0))
+    return batches
+
+
+def _batch(samples: Sequence[Sample], with_images: bool) -> Batch:
+    ids = torch.from_numpy(np.stack([np.concatenate([s.prompt_ids, s.answer_ids]) for s in samples]).astype(np.int64))
+    targets = torch.full_like(ids, -100)
+    for row, s in enumerate(samples):
+        first = len(s.prompt_ids) if len(s.answer_ids) else 1
+        # Position t predicts token t + 1.
+        targets[row, first - 1 : -1] = ids[row, first:]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if with_images:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([s.pixel_values for s in samples]))
+    return Batch(inputs, targets)

@@ -1,0 +1,113 @@
+"""Scores of attention heads, or of KV groups with all their query heads, by the information criterion.
+
+The spectrum of a block is that of `G^(1/2) W C^(1/2)`: W its output projection, C the second moment of the
+concatenated head outputs z, G that of the loss gradient at the block's output. The divergence of a unit is the
+KS distance between that spectrum and the one without the unit's columns, in absolute units so that blocks of
+all layers compare; its information is the effective rank of its own contribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infoprune_export.compress.information import effective_rank, ks_distance, spectrum_of_moment, symmetric_power
+from infoprune_export.compress.lowrank import GRADIENT_FLOOR
+from infoprune_export.compress.statistics import Statistics
+from infoprune_export.models.anatomy import Attention, Layer, site
+
+
+@dataclass(frozen=True)
+class UnitScore:
+    """What is known of one unit: a KV group with its query heads (one head where there is no grouping).
+
+    Attributes:
+        group: KV group.
+        erank: `erank(O_u) / rank limit`, between 0 and 1.
+        ks: KS distance of the block's spectrum without the unit, in units of (loss per sample)^(1/2).
+        score: The union of both.
+    """
+
+    group: int
+    erank: float
+    ks: float
+    score: float
+
+
+def columns(attention: Attention, group: int) -> list[int]:
+    """Columns of the output projection that belong to a KV group's query heads."""
+    width = attention.heads_per_group * attention.head_dim
+    return list(range(group * width, (group + 1) * width))
+
+
+def loss_root(stats: Statistics, key: str, width: int, energy: Tensor) -> Tensor:
+    """`G^(1/2)` at a block's output, shape [width, width]; relative to the output's energy where there is no loss."""
+    identity = torch.eye(width, dtype=torch.float64)
+    if not stats.weighted:
+        return identity / energy.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    g = stats.gradients[key].outer / stats.samples
+    return symmetric_power((1 - GRADIENT_FLOOR) * g + GRADIENT_FLOOR * torch.trace(g) / width * identity, 0.5)
+
+
+def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: float) -> list[UnitScore]:
+    """Scores every unit of one attention block.
+
+    Args:
+        layer: The layer.
+        weight: Its output projection W, shape [hidden, heads * head_dim].
+        stats: Pass 1.
+        erank_weight: a; the score is `ks * (1 - a + a * erank)`.
+    """
+    attention, key = layer.attention, site(layer.tower, layer.index, "o")
+    w = weight.double()
+    moments = stats.attention[key]
+    # Where the projection has a bias, a unit's mean output can be folded into it: only the variation is information.
+    c = moments.covariance if attention.o.bias else moments.second
+    g_root = loss_root(stats, key, attention.o.d_out, torch.trace(w @ c @ w.T))
+    a = g_root @ w
+    whole = spectrum_of_moment(a @ c @ a.T)
+    scores = []
+    for group in range(attention.kv_groups):
+        own = columns(attention, group)
+        rest = [i for i in range(attention.o.d_in) if i not in set(own)]
+        without = spectrum_of_moment(a[:, rest] @ c[rest][:, rest] @ a[:, rest].T) if rest else torch.zeros(1)
+        ks = ks_distance(whole, without, absolute=True)
+        c_own = symmetric_power(c[own][:, own], 0.5)
+        information = effective_rank(spectrum_of_moment(c_own @ a[:, own].T @ a[:, own] @ c_own)) / len(own)
+        scores.append(UnitScore(group, information, ks, ks * (1 - erank_weight + erank_weight * information)))
+    return scores
+
+
+def refit_output(
+    weight: Tensor, bias: Tensor | None, second: Tensor, mean: Tensor, kept: list[int], ridge: float = 1e-6
+) -> dict[str, Tensor]:
+    """The output projection on the kept columns that best reproduces the whole block's output.
+
+    Least squares `W' = W C_:S C_SS^-1` (the compensation of method section 3.5); with a bias on centred moments,
+    the mean of what is dropped folded in.
+
+    Args:
+        weight: W, shape [d_out, d_in].
+        bias: Shape [d_out], or None.
+        second: `E[z z^T]`, shape [d_in, d_in], float64.
+        mean: `E[z]`, shape [d_in].
+        kept: Kept columns S, ascending.
+        ridge: Relative to the mean of the kept diagonal.
+
+    Returns:
+        `weight` [d_out, |S|] and, where the map has one, `bias` [d_out]; float32.
+    """
+    w = weight.double()
+    c = second if bias is None else second - torch.outer(mean, mean)
+    css = c[kept][:, kept]
+    damping = ridge * css.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    # Solved for the change against plain slicing, so that the ridge pulls towards the original weights and not to zero.
+    rest = sorted(set(range(w.shape[1])) - set(kept))
+    change = torch.linalg.solve(css + damping * torch.eye(len(kept), dtype=torch.float64), c[kept][:, rest] @ w[:, rest].T).T
+    refitted = w[:, kept] + change
+    out = {"weight": refitted.float()}
+    if bias is not None:
+        out["bias"] = (bias.double() + w @ mean - refitted @ mean[kept]).float()
+    return out

@@ -1,0 +1,128 @@
+"""A feed-forward matrix as a low-rank pair, by two-sided weighted SVD on the smaller side.
+
+Minimises `|G^(1/2) (W - W') C^(1/2)|_F` (our reading of loss-weighted approximation; with G = I it is the
+whitened SVD of SVD-LLM, arXiv 2403.07378). Only the smaller side's moments are ever needed:
+
+- `d_out > d_in`: V = top eigenvectors of `C^(1/2) M C^(1/2)`, `M = W^T G W = E[(W^T g)(W^T g)^T]`;
+  `W' = (W C^(1/2) V) (V^T C^(-1/2))`.
+- `d_out <= d_in`: U = top eigenvectors of `G^(1/2) Y G^(1/2)`, `Y = W C W^T = E[y y^T]`;
+  `W' = (G^(-1/2) U) (U^T G^(1/2) W)`.
+
+Where the map has a bias, moments are centred and the mean of what is dropped goes into the bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from infoprune_export.compress.information import spectrum_of_moment, symmetric_power
+from infoprune_export.compress.statistics import Moments, Statistics, input_side
+from infoprune_export.models.anatomy import Linear
+
+GRADIENT_FLOOR = 0.1
+"""Share of an isotropic gradient mixed into G: with few samples G has directions that it never saw."""
+
+
+class LowRankLinear(nn.Module):
+    """`y = second(first(x))`: a linear map of rank at most r, as two maps.
+
+    Args:
+        d_in: Input width.
+        d_out: Output width.
+        rank: Width in between.
+        bias: Whether the second map has a bias.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.first = nn.Linear(d_in, rank, bias=False, dtype=dtype)
+        self.second = nn.Linear(rank, d_out, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """The two weights of one map's approximation, both on its smaller side, in float64.
+
+    Attributes:
+        data: C or Y, the moment of inputs or outputs, shape [n, n].
+        loss: M or G, the moment of gradients on the same side, shape [n, n]; its scale is the loss per sample.
+    """
+
+    data: Tensor
+    loss: Tensor
+
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """The symmetric matrix whose eigenvectors are kept, and the root that was applied on both sides."""
+        return _sandwich(self)
+
+
+def weighting(key: str, linear: Linear, weight: Tensor, moments: Moments, stats: Statistics) -> Weighting:
+    """Puts together the weights of one map.
+
+    Args:
+        key: Site of the map.
+        linear: Its sizes.
+        weight: W, shape [d_out, d_in], float64.
+        moments: Of its smaller side, from pass 1 or from the compressed prefix.
+        stats: Pass 1, for the gradients.
+    """
+    data = moments.covariance if linear.bias else moments.second
+    identity = weight.T @ weight if input_side(linear) else torch.eye(linear.d_out, dtype=torch.float64)
+    if not stats.weighted:
+        # Relative error of the map's own output: the only scale there is without the loss.
+        energy = torch.trace(identity @ data).clamp_min(torch.finfo(torch.float64).tiny)
+        return Weighting(data, identity / energy)
+    gradients = stats.gradients[key].outer / stats.samples
+    energy = stats.gradient_energy[key] / stats.samples
+    return Weighting(data, (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * identity)
+
+
+def spectrum(linear: Linear, w: Weighting) -> Tensor:
+    """Singular values of `G^(1/2) W C^(1/2)`, descending, in units of (loss per sample)^(1/2)."""
+    return spectrum_of_moment(_sandwich(w)[0])
+
+
+def _sandwich(w: Weighting) -> tuple[Tensor, Tensor]:
+    root = symmetric_power(w.data, 0.5)
+    product = root @ w.loss @ root
+    return (product + product.T) / 2, root
+
+
+def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting, mean: Tensor, rank: int) -> dict[str, Tensor]:
+    """The best pair of a given rank.
+
+    Args:
+        linear: Sizes of the map.
+        weight: W, shape [d_out, d_in].
+        bias: Its bias, shape [d_out].
+        w: Weights from `weighting`.
+        mean: Mean of the side that `w.data` is of (input, or output without bias).
+        rank: r.
+
+    Returns:
+        `first` [r, d_in], `second` [d_out, r] and, where the map has one, `bias` [d_out]; float32.
+    """
+    weight = weight.double()
+    if input_side(linear):
+        product, root = _sandwich(w)
+        top = torch.linalg.eigh(product).eigenvectors[:, -rank:].flip(1)
+        second, first = weight @ (root @ top), top.T @ symmetric_power(w.data, -0.5)
+        dropped_mean = weight @ mean - second @ (first @ mean)
+    else:
+        # Here G is inverted, never the data: directions without data are free, directions without loss have the floor.
+        root = symmetric_power(w.loss, 0.5)
+        product = root @ w.data @ root
+        top = torch.linalg.eigh((product + product.T) / 2).eigenvectors[:, -rank:].flip(1)
+        second, first = symmetric_power(w.loss, -0.5) @ top, top.T @ root @ weight
+        dropped_mean = mean - second @ (top.T @ (root @ mean))
+    balance = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
+    pair = {"first": (first / balance[:, None]).float(), "second": (second * balance).float()}
+    if bias is not None:
+        pair["bias"] = (bias.double() + dropped_mean).float()
+    return pair

@@ -1,0 +1,224 @@
+"""Pass 1: moments of activations and loss gradients, gathered in a stream over calibration batches.
+
+For every attention block: mean and second moment of the concatenated head outputs (the output projection's
+input), and the second moment of the loss gradient at the block's output. For every feed-forward matrix,
+moments on its smaller side: of its input where it widens, of its output where it narrows. Memory does not
+depend on the number of samples; sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from infoprune_export.errors import InputError
+from infoprune_export.models.anatomy import Anatomy, Layer, Linear, site
+
+
+@dataclass
+class Moments:
+    """Running first and second moments of a stream of vectors."""
+
+    total: Tensor
+    outer: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, n: int) -> Moments:
+        return cls(torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64))
+
+    def add(self, rows: Tensor) -> None:
+        """Adds vectors, shape [..., n]."""
+        rows = rows.detach().reshape(-1, rows.shape[-1]).float()
+        self.total += rows.double().sum(0).cpu()
+        self.outer += (rows.T @ rows).double().cpu()
+        self.count += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+    @property
+    def second(self) -> Tensor:
+        """`E[x x^T]`."""
+        return self.outer / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`E[x x^T] - E[x] E[x]^T`."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class Batch:
+    """Calibration samples of equal length, so that nothing is padded.
+
+    Attributes:
+        inputs: Keyword arguments of the model's forward (input_ids, attention_mask, pixel_values).
+        targets: Token ids to predict at each position, -100 where there is no loss, shape [batch, sequence].
+    """
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+    @property
+    def samples(self) -> int:
+        return self.targets.shape[0]
+
+
+@dataclass
+class Statistics:
+    """What pass 1 found.
+
+    Attributes:
+        attention: Site of the output projection to moments of its input.
+        ffn: Site of a feed-forward matrix to moments of its smaller side (see `input_side`).
+        gradients: Site to moments of the loss gradient: at the output for output-side maps; pulled back through
+            the map to its input (`W^T g`) for input-side ones.
+        gradient_energy: Site to the mean of `|g|^2` per output and sample, for regularisation.
+        samples: Questions seen.
+        weighted: Whether gradients were gathered.
+    """
+
+    attention: dict[str, Moments] = field(default_factory=dict)
+    ffn: dict[str, Moments] = field(default_factory=dict)
+    gradients: dict[str, Moments] = field(default_factory=dict)
+    gradient_energy: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+    weighted: bool = True
+
+
+def input_side(linear: Linear) -> bool:
+    """Whether a map's moments are gathered at its input (it widens) or at its output (it narrows)."""
+    return linear.d_out > linear.d_in
+
+
+def without_bias(module: nn.Linear, output: Tensor) -> Tensor:
+    return output if module.bias is None else output - module.bias
+
+
+def gather(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Iterable[Batch],
+    *,
+    weighted: bool = True,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Runs the calibration batches through the original and gathers every moment.
+
+    Args:
+        model: The original, in evaluation mode.
+        anatomy: Of that model.
+        batches: In a fixed order.
+        weighted: Also run a backward pass and gather the moments of loss gradients.
+        temperature: Of the model's own predictions, from which the labels of the backward pass are drawn.
+        seed: For those draws.
+        progress: Called with the number of samples done.
+
+    Raises:
+        InputError: no samples, or activations that are not finite.
+    """
+    stats = Statistics(weighted=weighted)
+    generator = torch.Generator().manual_seed(seed)
+    with _hooks(model, anatomy, stats):
+        for batch in batches:
+            stats.samples += batch.samples
+            if weighted:
+                if "pixel_values" in batch.inputs:
+                    batch.inputs["pixel_values"].requires_grad_()
+                with torch.enable_grad():
+                    fisher_loss(model(**batch.inputs, use_cache=False).logits, batch.targets, temperature, generator).backward()
+            else:
+                with torch.no_grad():
+                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
+            if progress:
+                progress(batch.samples)
+    if not stats.samples:
+        raise InputError("no calibration samples", mend="name some with --calibration PATH")
+    for key, moments in [*stats.attention.items(), *stats.ffn.items(), *stats.gradients.items()]:
+        if not torch.isfinite(moments.outer).all():
+            raise InputError(
+                f"calibration gives activations or gradients that are not finite at {key}",
+                mend="check the model's weights and the calibration images",
+            )
+    if weighted and not any(m.outer.any() for m in stats.gradients.values()):
+        raise InputError(
+            "the loss has no gradient on the calibration data", mend="use other data, or criterion.weighting: activation in the recipe"
+        )
+    return stats
+
+
+def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Loss whose gradient's second moment is the Fisher information of the softened predictions.
+
+    The labels are drawn from the model's own predictions at the positions that have a target: with the
+    reference answers instead, gradients vanish on every question that the model already answers.
+
+    Args:
+        logits: Shape [batch, sequence, vocabulary].
+        targets: Shape [batch, sequence]; -100 marks positions that are left out.
+        temperature: Divides the logits.
+        generator: For the draws.
+    """
+    picked = (logits[targets != -100] / temperature).float()
+    labels = torch.multinomial(picked.detach().softmax(-1), 1, generator=generator)
+    return -picked.log_softmax(-1).gather(-1, labels).sum()
+
+
+@contextmanager
+def _hooks(model: nn.Module, anatomy: Anatomy, stats: Statistics) -> Iterator[None]:
+    handles = []
+    for layer in anatomy.layers():
+        handles += list(_layer_hooks(model, layer, stats))
+    if stats.weighted:
+        # Weights are frozen: gradients reach every layer because the embeddings and the pixels ask for one.
+        embed = model.get_submodule(anatomy.embed_path)
+        handles.append(embed.register_forward_hook(lambda m, a, out: out.requires_grad_()))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layer_hooks(model: nn.Module, layer: Layer, stats: Statistics) -> Iterator:
+    o = layer.attention.o
+    key = site(layer.tower, layer.index, "o")
+    stats.attention[key] = Moments.zeros(o.d_in)
+    module = model.get_submodule(o.path)
+    yield module.register_forward_pre_hook(lambda m, args, key=key: stats.attention[key].add(args[0]))
+    if stats.weighted:
+        stats.gradients[key] = Moments.zeros(o.d_out)
+        yield module.register_full_backward_hook(lambda m, _, grad, key=key: stats.gradients[key].add(grad[0]))
+    for role, linear in layer.ffn.matrices.items():
+        key = site(layer.tower, layer.index, role)
+        module = model.get_submodule(linear.path)
+        stats.ffn[key] = Moments.zeros(min(linear.d_in, linear.d_out))
+        yield module.register_forward_hook(_observer(stats.ffn, key, linear))
+        if stats.weighted:
+            stats.gradients[key] = Moments.zeros(min(linear.d_in, linear.d_out))
+            stats.gradient_energy[key] = 0.0
+            yield module.register_full_backward_hook(_gradient_observer(stats, key, linear))
+
+
+def _observer(moments: dict[str, Moments], key: str, linear: Linear) -> Callable:
+    def observe(module: nn.Linear, args: tuple, output: Tensor) -> None:
+        moments[key].add(args[0] if input_side(linear) else without_bias(module, output))
+
+    return observe
+
+
+def _gradient_observer(stats: Statistics, key: str, linear: Linear) -> Callable:
+    def observe(module: nn.Linear, grad_input: tuple, grad_output: tuple) -> None:
+        g = grad_output[0]
+        stats.gradients[key].add(g @ module.weight if input_side(linear) else g)
+        stats.gradient_energy[key] += float(g.double().square().sum()) / linear.d_out
+
+    return observe
