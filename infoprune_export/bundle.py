@@ -97,7 +97,7 @@ class Bundle:
         self.path, self.manifest = path, manifest
 
     @classmethod
-    def open(cls, path: Path | str, verify: bool = True) -> "Bundle":
+    def open(cls, path: Path | str, verify: bool = True) -> Bundle:
         """Opens a bundle.
 
         Args:

@@ -67,7 +67,7 @@ class Plan(_Strict):
     factors_sha256: str | None = None
 
     @model_validator(mode="after")
-    def _fits_anatomy(self) -> "Plan":
+    def _fits_anatomy(self) -> Plan:
         known = {(layer.tower, layer.index): layer for layer in self.anatomy.layers()}
         seen = set()
         for i, decision in enumerate(self.layers):
@@ -115,7 +115,7 @@ class Plan(_Strict):
         return _compact(self.model_dump(mode="json"))
 
     @classmethod
-    def from_json(cls, text: str, where: object = "plan") -> "Plan":
+    def from_json(cls, text: str, where: object = "plan") -> Plan:
         """Reads a plan and checks it against the anatomy that it carries.
 
         Raises:
@@ -127,7 +127,9 @@ class Plan(_Strict):
             raise InputError(f"line {e.lineno}: not JSON ({e.msg})", where=where) from None
         if isinstance(data, dict) and data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
             raise InputError(
-                f"schema_version {data['schema_version']!r} is not {SCHEMA_VERSION}", where=where, mend="make the plan again with this version"
+                f"schema_version {data['schema_version']!r} is not {SCHEMA_VERSION}",
+                where=where,
+                mend="make the plan again with this version",
             )
         try:
             return cls.model_validate(data)
@@ -135,7 +137,7 @@ class Plan(_Strict):
             raise InputError(first_problem(e), where=where) from None
 
     @classmethod
-    def read(cls, path: Path) -> "Plan":
+    def read(cls, path: Path) -> Plan:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:

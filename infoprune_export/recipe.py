@@ -38,9 +38,7 @@ class Workload(_Strict):
         return self.images * self.image_tokens + self.text_tokens
 
     def __str__(self) -> str:
-        return (
-            f"batch {self.batch}, {self.images} x {self.image_tokens} image + {self.text_tokens} text tokens, {self.new_tokens} new"
-        )
+        return f"batch {self.batch}, {self.images} x {self.image_tokens} image + {self.text_tokens} text tokens, {self.new_tokens} new"
 
 
 class DataSource(_Strict):
@@ -54,8 +52,13 @@ class DataSource(_Strict):
 class Criterion(_Strict):
     """How heads and ranks are scored (see docs/method.md)."""
 
-    weighting: Literal["loss", "activation"] = Field("loss", description="loss: moments of activations and loss gradients; activation: of activations alone")
-    erank_weight: float = Field(0.0, ge=0, le=1, description="a: 0 scores heads by KS distance alone, 1 by KS distance times effective rank")
+    weighting: Literal["loss", "activation"] = Field(
+        "loss", description="loss: moments of activations and loss gradients; activation: of activations alone"
+    )
+    temperature: float = Field(2.0, gt=0, description="softens the predictions that the loss gradients are drawn from")
+    erank_weight: float = Field(
+        0.0, ge=0, le=1, description="a: 0 scores heads by KS distance alone, 1 by KS distance times effective rank"
+    )
     head_weight: float = Field(1.0, gt=0, description="how much one unit of a head's information counts against one of a feed-forward's")
     rank_multiple: int = Field(8, ge=1)
     compensate: bool = Field(True, description="refit the output projection on the kept heads")

@@ -1,0 +1,5 @@
+"""`python -m infoprune_export`."""
+
+from infoprune_export.cli import main
+
+main()

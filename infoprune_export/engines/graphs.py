@@ -1,0 +1,80 @@
+"""ONNX graphs on disk as an engine builder needs them: structure in memory, weights left in their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+
+from infoprune_export.bundle import inside
+from infoprune_export.errors import InputError
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Reads a graph without its external weights.
+
+    Raises:
+        InputError: not an ONNX file, or external data that is missing, too short or outside the graph's directory.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as e:  # protobuf raises types of its own
+        raise InputError(f"cannot be read as ONNX ({_first_line(e)})", where=path, mend="export it again") from None
+    _check_external_data(model, path)
+    return model
+
+
+def external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """The files that hold the weights of a graph, sorted, each inside the graph's directory.
+
+    Raises:
+        InputError: for a location that leaves the directory.
+    """
+    locations = {_external_entries(t).get("location", "") for t in _tensors(model.graph) if _is_external(t)}
+    return [inside(path.parent, location, path) for location in sorted(locations)]
+
+
+def weight_bytes(model: onnx.ModelProto, path: Path) -> int:
+    """Bytes of all weights of a graph, in the graph file and outside it."""
+    return path.stat().st_size + sum(file.stat().st_size for file in external_files(model, path))
+
+
+def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
+    sizes = {}
+    for file in external_files(model, path):
+        if not file.is_file():
+            raise InputError(f"its weights file {file.name} is missing", where=path, mend="keep a graph and its data file together")
+        sizes[file] = file.stat().st_size
+    for tensor in _tensors(model.graph):
+        if _is_external(tensor):
+            entries = _external_entries(tensor)
+            file = path.parent / entries["location"]
+            if int(entries.get("offset", 0)) + int(entries.get("length", 0)) > sizes[file]:
+                raise InputError(
+                    f"weight {tensor.name!r} lies beyond the end of {file.name}", where=path, mend="the file was cut: export it again"
+                )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a graph and of the graphs inside its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") or attribute.graphs else []:
+                yield from _tensors(inner)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL
+
+
+def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

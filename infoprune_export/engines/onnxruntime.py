@@ -1,0 +1,241 @@
+"""ONNX Runtime: runs a graph as it is, or as it was optimised once by `build`.
+
+A graph is untrusted until looked at: before ONNX Runtime opens it, every external-data entry has to
+stay in the graph's own directory and fit the file that it names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+
+from infoprune_export.bundle import inside
+from infoprune_export.engines.base import Engine, TensorSpec
+from infoprune_export.errors import InputError, MissingRequirement
+
+EXTERNAL_FROM_BYTES = 1024
+"""Initialisers from this size on go to the external file of a built graph."""
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+_QUIET = 3
+"""ONNX Runtime's log level for errors alone."""
+
+
+class OrtEngine(Engine):
+    """One component run by ONNX Runtime on the CPU, or on a CUDA device where its CUDA provider is installed."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, path: Path):
+        self.path = path
+        self._session = session
+        self.inputs = tuple(_spec(x, path) for x in session.get_inputs())
+        self.outputs = tuple(_spec(x, path) for x in session.get_outputs())
+        self._dtypes = {x.name: x.dtype for x in (*self.inputs, *self.outputs)}
+        self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+
+    @classmethod
+    def open(
+        cls, path: Path, threads: int | None = None, providers: Sequence[str] | None = None, optimise: bool = True
+    ) -> OrtEngine:
+        """Opens a graph.
+
+        Args:
+            path: ONNX file, its external data beside it.
+            threads: Threads within one operator; all cores when None.
+            providers: ONNX Runtime's execution providers; CUDA where there is one, then CPU, when None.
+            optimise: Let ONNX Runtime optimise the graph for this machine while it loads.
+
+        Raises:
+            InputError: not an ONNX graph, one that ONNX Runtime cannot run, or external data that is
+                missing, cut off or outside the directory.
+            MissingRequirement: a bfloat16 graph without the package ml_dtypes.
+        """
+        check_graph(path)
+        options = _options(threads)
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return cls(_session(path, options, list(providers or _default_providers())), path)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        return self._run(feeds, [x.name for x in self.outputs] if outputs is None else outputs, ())
+
+    def run_on_device(self, feeds: Mapping[str, Any], stay: Collection[str]) -> dict[str, Any]:
+        return self._run(feeds, [x.name for x in self.outputs], stay)
+
+    def _run(self, feeds: Mapping[str, Any], outputs: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
+        binding = self._session.io_binding()
+        values = {name: self._value(name, x) for name, x in feeds.items()}
+        try:
+            for name, value in values.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in outputs:
+                binding.bind_output(name, self._device if name in stay else "cpu")
+            self._session.run_with_iobinding(binding)
+        except Exception as e:  # ONNX Runtime's exceptions share no base of their own
+            raise InputError(f"ONNX Runtime cannot run this graph on these inputs ({_reason(e)})", where=self.path) from e
+        results = dict(zip(outputs, binding.get_outputs(), strict=True))
+        return {name: value if name in stay else _to_numpy(value, self._dtypes[name]) for name, value in results.items()}
+
+    def _value(self, name: str, array: Any) -> onnxruntime.OrtValue:
+        """What ONNX Runtime takes for an array: itself where it comes from an earlier run."""
+        if isinstance(array, onnxruntime.OrtValue):
+            return array
+        array = np.ascontiguousarray(array)
+        if array.dtype.name == "bfloat16":
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx.TensorProto.BFLOAT16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def load(path: Path, threads: int | None = None) -> OrtEngine:
+    """Opens a graph with the defaults of `OrtEngine.open`."""
+    return OrtEngine.open(path, threads)
+
+
+def build(graph: Path, out: Path) -> Path:
+    """Writes a graph as ONNX Runtime optimises it, for any CPU.
+
+    The level is EXTENDED: operators are fused, but memory layouts that fit only the building machine are
+    left to load time. The same graph gives the same bytes. Weights go to `<out>_data`.
+
+    Args:
+        graph: ONNX file.
+        out: File to write; its directory is made.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: a graph that cannot be opened.
+    """
+    check_graph(graph)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        options = _options(threads=1)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(part / out.name)
+        data = f"{out.name}_data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_FROM_BYTES)
+        )
+        _session(graph, options, ["CPUExecutionProvider"])
+        for name in (data, out.name):  # the graph last, so that a graph never stands without its weights
+            if (part / name).exists():
+                os.replace(part / name, out.with_name(name))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def check_graph(path: Path) -> None:
+    """Makes sure that a file is an ONNX graph whose external data is whole and lies in its own directory.
+
+    Raises:
+        InputError: naming the graph and the entry.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as e:
+        raise InputError(f"cannot be read ({e.strerror})", where=path, mend="make the bundle again, or give another graph") from None
+    except DecodeError:
+        raise InputError("is not an ONNX graph, or is damaged", where=path, mend="make the bundle again, or give another graph") from None
+    if not model.graph.node:
+        raise InputError("is not an ONNX graph, or is damaged", where=path, mend="make the bundle again, or give another graph")
+    for tensor in _tensors(model.graph, [node for function in model.functions for node in function.node]):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(path, tensor)
+
+
+def _check_external(graph: Path, tensor: onnx.TensorProto) -> None:
+    entry = {x.key: x.value for x in tensor.external_data}
+    data = inside(graph.parent, entry.get("location", ""), where=f"{graph}: external data of {tensor.name!r}")
+    if not data.is_file():
+        raise InputError(f"its weights file {data.name} is missing", where=graph, mend="keep the graph and its data in one directory")
+    try:
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+    except ValueError:
+        raise InputError(f"external data of {tensor.name!r} has no valid offset and length", where=graph) from None
+    if end > data.stat().st_size:
+        raise InputError(f"is cut off: {graph.name} needs {end} bytes of it", where=data, mend="fetch or make the graph again")
+
+
+def _tensors(graph: onnx.GraphProto, more_nodes: Sequence[onnx.NodeProto] = ()) -> Iterator[onnx.TensorProto]:
+    """Every tensor stored in a graph, subgraphs and attributes included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in (*graph.node, *more_nodes):
+        for attribute in node.attribute:
+            yield from ([attribute.t] if attribute.HasField("t") else [])
+            yield from attribute.tensors
+            for subgraph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _tensors(subgraph)
+
+
+def _options(threads: int | None) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = _QUIET
+    return options
+
+
+def _session(path: Path, options: onnxruntime.SessionOptions, providers: list[str]) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as e:  # ONNX Runtime's exceptions share no base of their own
+        raise InputError(f"ONNX Runtime cannot open this graph ({_reason(e)})", where=path) from e
+
+
+def _default_providers() -> list[str]:
+    available = onnxruntime.get_available_providers()
+    return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+
+
+def _reason(error: Exception) -> str:
+    """The last part of ONNX Runtime's `[ONNXRuntimeError] : 1 : FAIL : what happened`, on one line."""
+    return " ".join(str(error).rpartition(" : ")[2].split())[:300] or type(error).__name__
+
+
+def _spec(value: Any, path: Path) -> TensorSpec:
+    return TensorSpec(value.name, _dtype(value.type, path), tuple(value.shape))
+
+
+def _dtype(name: str, path: Path) -> np.dtype:
+    if name == "tensor(bfloat16)":
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise MissingRequirement("has bfloat16 inputs or outputs", where=path, mend="pip install ml_dtypes") from None
+        return np.dtype(ml_dtypes.bfloat16)
+    if name not in _TYPES:
+        raise InputError(f"has an input or output of type {name}, which is not supported", where=path)
+    return np.dtype(_TYPES[name])
+
+
+def _to_numpy(value: onnxruntime.OrtValue, dtype: np.dtype) -> np.ndarray:
+    if dtype.name != "bfloat16":
+        return value.numpy()
+    # ONNX Runtime has no NumPy type for bfloat16, so its bytes are read as what they are.
+    shape = tuple(value.shape())
+    raw = ctypes.string_at(value.data_ptr(), int(np.prod(shape)) * dtype.itemsize)
+    return np.frombuffer(raw, dtype).reshape(shape).copy()

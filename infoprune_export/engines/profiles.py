@@ -1,0 +1,93 @@
+"""Optimisation profiles: the ranges of shapes that a TensorRT engine is built for, from the workload.
+
+The axes are those of the component contract in ARCHITECTURE.md. With a prompt of P tokens and N
+new ones, the capacity C is P + N rounded up to a multiple of 64:
+
+    prefill   sequence 1..C, tuned for P;  past 0
+    decode    sequence 1;                  past 1..C-1, tuned for P + N / 2
+
+Requests of up to C tokens run whatever their mix of text and images, and a longer one needs an
+engine built for a longer workload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from infoprune_export.errors import InputError
+from infoprune_export.recipe import Workload
+
+CAPACITY_STEP = 64
+"""Tokens; attention kernels work in tiles of this size, so a tighter capacity saves nothing."""
+
+DYNAMIC_AXES: Mapping[str, Mapping[int, str]] = {
+    "pixel_values": {0: "images"},
+    "input_ids": {0: "batch", 1: "sequence"},
+    "inputs_embeds": {0: "batch", 1: "sequence"},
+    "attention_mask": {0: "batch", 1: "total"},
+    "position_ids": {0: "batch", 1: "sequence"},
+    "past_key_values": {0: "batch", 2: "past"},
+}
+"""Input, or first part of its name, to the meaning of its dynamic axes."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Smallest, tuned-for and largest size of an axis."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One way the engine is used: a span for every dynamic axis."""
+
+    name: str
+    axes: Mapping[str, Span]
+
+    def shapes(self, tensor: str, shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
+        """Minimum, optimum and maximum shape of one input.
+
+        Args:
+            tensor: Name of the input.
+            shape: Its shape in the network, -1 where dynamic.
+
+        Raises:
+            InputError: for a dynamic axis that the contract does not know.
+        """
+        meanings = DYNAMIC_AXES.get(tensor.split(".")[0], {})
+        spans = []
+        for axis, size in enumerate(shape):
+            if size >= 0:
+                spans.append(Span(size, size, size))
+            elif axis in meanings:
+                spans.append(self.axes[meanings[axis]])
+            else:
+                raise InputError(
+                    f"input {tensor!r} has a dynamic axis {axis} that no component has",
+                    mend=f"dynamic axes are {', '.join(f'{name}{sorted(axes)}' for name, axes in DYNAMIC_AXES.items())}",
+                )
+        return tuple(s.minimum for s in spans), tuple(s.optimum for s in spans), tuple(s.maximum for s in spans)
+
+
+def capacity(workload: Workload) -> int:
+    """Most tokens, prompt and answer together, that an engine for this workload takes."""
+    tokens = workload.prompt_tokens + workload.new_tokens
+    return -(-tokens // CAPACITY_STEP) * CAPACITY_STEP
+
+
+def workload_profiles(workload: Workload) -> list[Profile]:
+    """The profiles `prefill` and `decode` of a workload."""
+    most = capacity(workload)
+    prompt = workload.prompt_tokens
+    middle = prompt + workload.new_tokens // 2
+    images = max(1, workload.images * workload.batch)
+    shared = {"batch": Span(1, workload.batch, workload.batch), "images": Span(1, images, images)}
+    prefill = {"sequence": Span(1, prompt, most), "past": Span(0, 0, 0), "total": Span(1, prompt, most)}
+    decode = {"sequence": Span(1, 1, 1), "past": Span(1, middle, most - 1), "total": Span(2, middle + 1, most)}
+    return [Profile("prefill", shared | prefill), Profile("decode", shared | decode)]

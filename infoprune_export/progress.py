@@ -1,0 +1,70 @@
+"""How long work is shown: steps with a spinner and bars on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What the pipeline tells about its work."""
+
+    def step(self, name: str):
+        """A context: a piece of work of unknown length."""
+
+    def bar(self, name: str, total: int):
+        """A context that gives a function to call with the number of units just done."""
+
+    def note(self, line: str) -> None:
+        """A line worth reading."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda n: None
+
+    def note(self, line: str) -> None:
+        pass
+
+
+class Terminal:
+    """Shows progress on stderr."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        if self.console.is_terminal:
+            with self.console.status(name):
+                yield
+        else:
+            yield
+        self.console.print(f"[green]✓[/] {name} [dim]{time.monotonic() - start:.1f} s[/]")
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        start = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+            task = bars.add_task(name, total=total)
+            yield lambda n: bars.advance(task, n)
+        self.console.print(f"[green]✓[/] {name} [dim]{total} in {time.monotonic() - start:.1f} s[/]")
+
+    def note(self, line: str) -> None:
+        self.console.print(line)

@@ -1,0 +1,59 @@
+"""How figures are written for people, the same way in the terminal, on the page and in the card."""
+
+from __future__ import annotations
+
+from infoprune_export.validate.report import Accuracy, Interval, PartLatency, Report
+
+ABSENT = "–"
+PART_NAMES = {"vision": "vision", "prefill": "prefill", "decode": "decode, a token", "end_to_end": "end to end"}
+
+
+def si(value: float, unit: str) -> str:
+    """`8.9 TFLOP`, `14.3 MB`: three significant digits, powers of 1000."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale * 0.9995:
+            return f"{significant(value / scale)} {prefix}{unit}"
+    return f"{significant(value)} {unit}"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent: 0.123, 1.23, 12.3, 1,234."""
+    size = abs(value)
+    decimals = 0 if size >= 99.95 else 1 if size >= 9.995 else 2 if size >= 0.9995 else 3
+    return f"{value:,.{decimals}f}"
+
+
+def milliseconds(value: float | None) -> str:
+    return ABSENT if value is None else f"{significant(value)} ms"
+
+
+def fraction(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.3f}"
+
+
+def times(value: float | None) -> str:
+    """A speed-up: `1.46x`."""
+    return ABSENT if value is None else f"{value:.2f}x"
+
+
+def interval(value: Interval | None, decimals: int = 3) -> str:
+    return "" if value is None else f"{value.low:.{decimals}f} to {value.high:.{decimals}f}"
+
+
+def drop(accuracy: Accuracy) -> str:
+    """Change of accuracy in points, with its sign: a loss is negative."""
+    if accuracy.drop_points is None:
+        return ABSENT
+    # Rounded first, so that a hair's loss is not written as -0.0.
+    return f"{round(-accuracy.drop_points, 1) + 0.0:+.1f}"
+
+
+def became_time(latency: PartLatency) -> float | None:
+    """Share of a part's FLOP cut that became time: the speed-up over the ideal one, 1 / FLOPs kept."""
+    return latency.speedup * latency.flops_kept if latency.speedup is not None and latency.flops_kept is not None else None
+
+
+def largest_drop(report: Report) -> tuple[str, Accuracy] | None:
+    """The task that lost most, where the original was measured."""
+    compared = [(task, a) for task, a in report.accuracy.items() if a.drop_points is not None]
+    return max(compared, key=lambda pair: pair[1].drop_points, default=None)

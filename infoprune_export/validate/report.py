@@ -1,0 +1,215 @@
+"""The report: what was asked, what was reached, what was measured on what, and what was not measured and why.
+
+`Report` is the schema of report.json. Accuracies and fractions are between 0 and 1, times are milliseconds,
+and a figure that could not be measured is null and has its reason under `not_measured`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infoprune_export.bundle import Flops, write_atomically
+from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.plan import Plan, Source
+from infoprune_export.recipe import Workload, first_problem
+
+SCHEMA_VERSION = 1
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+PARTS = ("vision", "prefill", "decode", "end_to_end")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ComponentNumerics(_Record):
+    """One component of one engine against the same network in PyTorch fp32, on identical inputs."""
+
+    engine: str
+    dtype: str
+    max_abs: float | None = Field(description="largest absolute difference; null when it is not a number")
+    max_rel: float | None = Field(description="the same over the largest absolute value of the reference")
+    cosine: float | None = Field(description="smallest cosine similarity of any row with the reference's")
+    passed: bool
+    message: str | None = Field(None, description="what failed")
+
+
+class GenerationNumerics(_Record):
+    """Greedy continuations of one engine against those of the same network in PyTorch fp32."""
+
+    engine: str
+    dtype: str
+    prompts: int
+    identical_token_ids: int = Field(description="prompts whose every token id is PyTorch's")
+    near_ties: int = Field(0, description="prompts that part from PyTorch's where the engine cannot tell two tokens apart")
+    passed: bool
+    message: str | None = None
+
+
+class Interval(_Record):
+    low: float
+    high: float
+
+
+class Accuracy(_Record):
+    """Official score of a task, through an exported engine, with 95% intervals."""
+
+    original: float | None
+    compressed: float
+    n: int
+    metric: str
+    engine: str
+    dtype: str
+    original_interval: Interval | None = None
+    compressed_interval: Interval
+    drop_points: float | None = Field(None, description="original - compressed, in points (hundredths)")
+    drop_points_interval: Interval | None = Field(None, description="of the paired difference, question by question")
+
+
+class Timing(_Record):
+    """Order statistics of repeated runs, in milliseconds."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    min_ms: float
+    max_ms: float
+    n: int
+
+
+class PartLatency(_Record):
+    """One part of a request, original and compressed measured in turn in one run."""
+
+    original: Timing | None
+    compressed: Timing
+    speedup: float | None = Field(description="median of the original over median of the compressed")
+    flops_kept: float | None = Field(description="fraction of this very part's FLOPs kept")
+
+
+class LatencySettings(_Record):
+    """What the latencies of one engine depend on."""
+
+    dtype: str
+    threads: int | None = Field(description="null: the engine's own choice")
+    workload: Workload
+    seconds_per_part: float
+    warmup_rounds: int
+    transfers: str = "host to host: inputs and outputs are arrays in main memory"
+
+
+class Size(_Record):
+    """Bytes of the three ONNX graphs with their weights, in the bundle's first dtype."""
+
+    original_bytes: int | None
+    compressed_bytes: int
+
+
+class Gate(_Record):
+    """A check that decides the exit code."""
+
+    required: str
+    measured: str
+    passed: bool
+
+
+class NotMeasured(_Record):
+    what: str
+    reason: str
+
+
+class Report(_Record):
+    schema_version: int = SCHEMA_VERSION
+    tool: str
+    name: str = Field(description="the recipe's name")
+    source: Source
+    random_weights: bool = False
+    measured_at: str = Field(description="ISO 8601, UTC")
+    workload: Workload
+    flops: Flops
+    accuracy: dict[str, Accuracy] = {}
+    numerics: dict[str, ComponentNumerics | GenerationNumerics] = {}
+    latency: dict[str, dict[str, PartLatency]] = {}
+    latency_settings: dict[str, LatencySettings] = {}
+    size: Size
+    gates: dict[str, Gate] = {}
+    machine: dict[str, Any] = {}
+    not_measured: list[NotMeasured] = []
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates.values())
+
+    def raise_for_gates(self) -> None:
+        """Turns a failed gate into exit code 1.
+
+        Raises:
+            GateFailed: naming every gate that failed.
+        """
+        failed = [f"{name}: {gate.measured}, required {gate.required}" for name, gate in self.gates.items() if not gate.passed]
+        if failed:
+            raise GateFailed("; ".join(failed), mend="the bundle is kept; report.html in it says more")
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Reads report.json.
+
+        Raises:
+            InputError: missing, damaged or of another schema.
+        """
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"cannot be read ({e})", where=path, mend="make it: infoprune-export validate DIR") from None
+        except ValidationError as e:
+            raise InputError(first_problem(e), where=path, mend="make it again: infoprune-export validate DIR") from None
+
+    def write(self, directory: Path, plan: Plan | None = None) -> None:
+        """Writes report.json and report.html, each whole or not at all."""
+        from infoprune_export.validate.page import report_page
+
+        page = report_page(self, plan)
+        write_atomically(directory / REPORT_JSON, self.to_json())
+        write_atomically(directory / REPORT_HTML, page)
+
+
+def judge(report: Report, max_drop: float | None = None, min_speedup: float | None = None) -> dict[str, Gate]:
+    """The gates of a report: numerics always, the others when asked for.
+
+    A gate whose figure could not be measured does not pass: a check that was asked for and not made is no assurance.
+
+    Args:
+        report: With its measurements filled in.
+        max_drop: Largest loss of accuracy allowed on any task, in points.
+        min_speedup: Smallest end-to-end speed-up allowed on any engine measured.
+    """
+    failed = [name for name, record in report.numerics.items() if not record.passed]
+    total = len(report.numerics)
+    measured = f"{', '.join(failed)} failed" if failed else f"{total} of {total} passed" if total else "not measured"
+    gates = {"numerics": Gate(required="all checks pass", measured=measured, passed=total > 0 and not failed)}
+    if max_drop is not None:
+        drops = {task: a.drop_points for task, a in report.accuracy.items() if a.drop_points is not None}
+        task = max(drops, key=drops.__getitem__, default=None)
+        gates["max_drop"] = Gate(
+            required=f"at most {max_drop:g} points on any task",
+            measured="not measured" if task is None else f"{drops[task]:.2f} points on {task}",
+            # A loss of exactly the points allowed passes, whatever the last binary digit of a difference of means.
+            passed=task is not None and drops[task] <= max_drop + 1e-9,
+        )
+    if min_speedup is not None:
+        ends = {engine: parts["end_to_end"].speedup for engine, parts in report.latency.items() if "end_to_end" in parts}
+        speedups = {engine: s for engine, s in ends.items() if s is not None}
+        engine = min(speedups, key=speedups.__getitem__, default=None)
+        gates["min_speedup"] = Gate(
+            required=f"at least {min_speedup:g}x end to end",
+            measured="not measured" if engine is None else f"{speedups[engine]:.2f}x on {engine}",
+            passed=engine is not None and speedups[engine] >= min_speedup,
+        )
+    return gates

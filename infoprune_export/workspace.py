@@ -1,0 +1,169 @@
+"""Where a bundle grows: a locked, resumable folder beside it, renamed into place when whole.
+
+A killed run leaves the old bundle, if there was one, and a work folder keyed by the run's inputs; the same
+command again goes on after the last finished stage. The lock is the kernel's (`flock`): it dies with its owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from infoprune_export.bundle import MANIFEST
+from infoprune_export.errors import InfoPruneError, InputError, NotEnough
+
+
+class Workspace:
+    """The work folder of one output directory, to be used in a `with` block.
+
+    Args:
+        out: The bundle's directory.
+        key: Names the run's inputs; another key never resumes this one's work.
+        resume: Go on where an earlier run with the same key stopped.
+
+    Raises:
+        InputError: `out` is something else than a bundle or cannot be written, or another run is writing it.
+    """
+
+    def __init__(self, out: Path, key: str, resume: bool = True):
+        check_output(out)
+        self.out = out.absolute()
+        self.key, self.resume = key, resume
+        self.path = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self._old = self.out.with_name(f".{self.out.name}.old")
+        self._lock_path = self.out.with_name(f".{self.out.name}.lock")
+        self._lock: IO[str] | None = None
+        self._made: list[Path] = []
+        self.stages_done = 0
+
+    def __enter__(self) -> Workspace:
+        missing = [p for p in (self.out.parent, *self.out.parent.parents) if not p.exists()]
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._made = missing
+            self._lock = _lock(self._lock_path, self.out)
+        except OSError as e:
+            raise InputError(f"cannot be written ({e.strerror})", where=self.out.parent, mend="choose another --out") from None
+        # A run killed between the two renames of `finish` has put the old bundle aside: put it back.
+        if self._old.exists():
+            if self.out.exists():
+                shutil.rmtree(self._old)
+            else:
+                self._old.rename(self.out)
+        if not self.resume and self.path.exists():
+            shutil.rmtree(self.path)
+        (self.path / ".stages").mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        refused = isinstance(error, InfoPruneError) and not any((self.path / ".stages").glob("*"))
+        if refused:
+            shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            self._lock_path.unlink(missing_ok=True)
+            self._lock.close()
+        if refused:
+            for directory in self._made:
+                try:
+                    directory.rmdir()
+                except OSError:
+                    break
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnough(
+                "the disk is full", where=self.path.parent, mend="make space and run the same command again: it goes on from here"
+            ) from error
+
+    def stage(self, name: str, work: Callable[[], None]) -> bool:
+        """Runs a stage unless an earlier run has finished it.
+
+        Args:
+            name: Its name.
+            work: Writes below `path`; may find half-written files of its own from a killed run.
+
+        Returns:
+            Whether it ran now.
+        """
+        marker = self.path / ".stages" / name
+        if marker.exists():
+            return False
+        work()
+        _sync_tree(self.path)
+        marker.touch()
+        self.stages_done += 1
+        return True
+
+    def finish(self) -> None:
+        """Puts the work folder in the bundle's place and removes what other runs left."""
+        shutil.rmtree(self.path / ".stages")
+        _sync_tree(self.path)
+        if self.out.exists():
+            self.out.rename(self._old)
+        self.path.rename(self.out)
+        shutil.rmtree(self._old, ignore_errors=True)
+        for left in self.out.parent.glob(f".{self.out.name}.work-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def check_output(out: Path) -> None:
+    """Refuses to write where something else than a bundle is.
+
+    Raises:
+        InputError: `out` is a file, or a directory with other contents than a bundle's.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise InputError("exists and is not a bundle; it is never overwritten", where=out, mend="choose another --out")
+    if out.exists() and not out.is_dir():
+        raise InputError("is a file", where=out, mend="choose another --out")
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError("cannot be written", where=parent, mend="choose another --out")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Stops before work that would not fit.
+
+    Raises:
+        NotEnough: fewer free bytes than needed on the disk of `out`.
+    """
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise NotEnough(
+            f"the bundle needs about {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free",
+            where=parent,
+            mend="make space, choose another --out, or leave the original out with --no-original",
+        )
+
+
+def _lock(path: Path, out: Path) -> IO[str]:
+    while True:
+        handle = open(path, "w")  # noqa: SIM115 (kept open for as long as the lock is held)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise InputError("another run is writing this bundle", where=out, mend="wait for it, or choose another --out") from None
+        # The owner before us may have unlinked the file between our open and our lock.
+        try:
+            if os.fstat(handle.fileno()).st_ino == path.stat().st_ino:
+                return handle
+        except FileNotFoundError:
+            pass
+        handle.close()
+
+
+def _sync_tree(root: Path) -> None:
+    """Makes files durable, so that a stage marked done is there after a power cut too."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
