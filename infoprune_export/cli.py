@@ -161,7 +161,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @_options("out", "calibration", "samples", "seed", "device", "threads", "verbose", "quiet")
 def apply(plan_file: Path, to: str, **given: Any) -> None:
     """Apply PLAN to a model's PyTorch weights, or to a bundle's original graphs."""
-    from infoprune_export import apply as application
+    from infoprune_export import application
     from infoprune_export.bundle import MANIFEST
 
     if (Path(to) / MANIFEST).is_file():

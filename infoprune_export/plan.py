@@ -12,6 +12,7 @@ Query, key and value projections need no factors: they are rows of the original'
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Literal
@@ -147,6 +148,37 @@ class Plan(_Strict):
 
 Factors = dict[str, np.ndarray]
 """Contents of factors.safetensors: tensor name to float32 array."""
+
+
+def factor_bytes(factors: Factors) -> bytes:
+    """The contents of factors.safetensors; the same factors give the same bytes."""
+    from safetensors.numpy import save
+
+    return save(factors)
+
+
+def read_factors(path: Path, sha256: str) -> Factors:
+    """Factors that belong to a plan.
+
+    Raises:
+        InputError: missing, damaged, or of another plan.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        data = path.read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        factors = load(data)
+    except (OSError, SafetensorError) as e:
+        raise InputError(
+            f"cannot be read ({e})", where=path, mend="keep it beside plan.json, or set factors_sha256 to null so that new ones are made"
+        ) from None
+    if found != sha256:
+        raise InputError(
+            "is not the file this plan was saved with", where=path, mend="set factors_sha256 to null so that new ones are made"
+        )
+    return factors
 
 
 def _check_kept(where: str, kept: list[int], of: int) -> None:

@@ -1,0 +1,80 @@
+"""A plan applied on its own: to a model's PyTorch weights, or to a bundle's original graphs without PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from infoprune_export.bundle import Bundle, write_atomically
+from infoprune_export.errors import InputError
+from infoprune_export.job import Job, Options, copy_processor_files, read_plan_for, require_export
+from infoprune_export.plan import factor_bytes, read_factors
+from infoprune_export.progress import Progress
+from infoprune_export.recipe import Recipe
+
+
+def to_model(recipe: Recipe, options: Options, progress: Progress | None = None) -> None:
+    """Writes the smaller network as PyTorch weights, for `infoprune_export.load`.
+
+    Args:
+        recipe: Of the original; its calibration data serve where the plan has no factors.
+        options: With the plan and the output directory.
+        progress: Told about steps.
+
+    Raises:
+        InputError: the plan is another model's, or the output directory is in use.
+    """
+    from infoprune_export.compress.network import save_weights
+
+    require_export()
+    out = options.out
+    _check_empty(out)
+    job = Job(recipe, options, progress)
+    plan, factors, model = job.factors(job.decide())
+    out.mkdir(parents=True, exist_ok=True)
+    copy_processor_files(job.checkpoint.directory, out)
+    save_weights(model, out / "model" / "model.safetensors")
+    (out / "factors.safetensors").write_bytes(factor_bytes(factors))
+    write_atomically(out / "plan.json", plan.to_json() + "\n")
+
+
+def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
+    """Rewrites the original's graphs of a bundle by a plan and its factors, through onnx-graphsurgeon.
+
+    Args:
+        plan_file: plan.json, its factors.safetensors beside it.
+        bundle_dir: A bundle that holds its original.
+        out: Gets `onnx/`, the plan and the factors.
+
+    Raises:
+        InputError: no original in the bundle, no factors, another model's plan, or the output directory is in use.
+    """
+    from infoprune_export.graph.rewrite import rewrite_graphs
+
+    _check_empty(out)
+    bundle = Bundle.open(bundle_dir)
+    if not bundle.has_original:
+        raise InputError(
+            "does not hold the original's graphs", where=bundle_dir, mend="make it with --original, or apply the plan to the model"
+        )
+    plan = read_plan_for(plan_file, bundle.manifest.source.sha256)
+    if plan.factors_sha256 is None:
+        raise InputError("has no factors", where=plan_file, mend="apply it to the model, which makes them from calibration data")
+    factors = read_factors(plan_file.with_name("factors.safetensors"), plan.factors_sha256)
+    temporary = out.absolute().with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for dtype in bundle.manifest.dtypes:
+            rewrite_graphs(bundle.root(original=True) / "onnx", plan, factors, temporary / "onnx", dtype)
+        for name in ("plan.json", "factors.safetensors"):
+            shutil.copyfile(plan_file.with_name(name), temporary / name)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("exists and is not empty", where=out, mend="choose another --out")

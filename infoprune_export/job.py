@@ -1,0 +1,220 @@
+"""A recipe with its source model, and everything that is made of them, each once and when first needed."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.plan import Factors, Plan, factor_bytes, read_factors
+from infoprune_export.progress import Progress, Silent
+from infoprune_export.recipe import DataSource, Recipe, Workload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from infoprune_export.compress.statistics import Batch, Statistics
+    from infoprune_export.models.anatomy import Anatomy
+    from infoprune_export.models.load import SourceModel
+
+
+@dataclass
+class Options:
+    """What a run takes beside the recipe.
+
+    Attributes:
+        out: The bundle's directory.
+        plan: A plan to apply instead of deciding one.
+        original: Keep the original's graphs in the bundle; decided by size when None.
+        resume: Go on after the last finished stage of an earlier run.
+        seed: For sampling questions and labels.
+        threads: Of PyTorch and ONNX Runtime; all when None.
+        device: Where PyTorch works; the best present when None.
+        archs: GPU architectures for TensorRT engines; the default set when empty.
+        validate: Whether to measure.
+    """
+
+    out: Path
+    plan: Path | None = None
+    original: bool | None = None
+    resume: bool = True
+    seed: int = 0
+    threads: int | None = None
+    device: str | None = None
+    archs: list[str] = field(default_factory=list)
+
+
+def require_export() -> None:
+    """Refuses early, with the install line, where PyTorch and its friends are missing.
+
+    Raises:
+        MissingRequirement: names the first package that is missing.
+    """
+    from importlib.util import find_spec
+
+    for package in ("torch", "transformers", "onnxscript", "onnx_graphsurgeon", "scipy", "psutil"):
+        if find_spec(package) is None:
+            raise MissingRequirement(f"compressing and exporting need {package}", mend='pip install "infoprune-export[export]"')
+
+
+class Job:
+    """A recipe with its source model, and everything that is made of them, each once and when first needed."""
+
+    def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
+        from infoprune_export.models.load import locate
+
+        self.recipe, self.options, self.progress = recipe, options, progress or Silent()
+        self.base = recipe.origin.parent if recipe.origin else Path()
+        self.checkpoint: SourceModel = locate(recipe.model, self.base, recipe.revision)
+
+    @cached_property
+    def original(self) -> nn.Module:
+        import torch
+
+        if self.options.threads:
+            torch.set_num_threads(self.options.threads)
+        with self.progress.step("loading the model"):
+            return self.checkpoint.load_model()
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        from infoprune_export.models.families import find_anatomy
+
+        return find_anatomy(self.original)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The recipe's, with the model's own number of image tokens."""
+        own, asked = self.anatomy.geometry.image_tokens, self.recipe.workload
+        if "image_tokens" in asked.model_fields_set and asked.image_tokens != own:
+            raise InputError(
+                f"workload.image_tokens is {asked.image_tokens}, one image of this model takes {own}",
+                where=self.recipe.origin or self.recipe.name,
+            )
+        return asked.model_copy(update={"image_tokens": own})
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Calibration data, ready for the model."""
+        from infoprune_export.compress.calibration import make_batches
+
+        return make_batches([self._sample(q) for q in self.questions(self.recipe.calibration, self.recipe.samples)])
+
+    def questions(self, sources: list[DataSource], samples: int | None) -> list[Any]:
+        """Questions drawn evenly from several data sets."""
+        from infoprune_export.data.vqa import load_questions
+
+        share = None if samples is None else -(-samples // len(sources))
+        drawn = []
+        for s in sources:
+            wanted = min(x for x in (share, s.samples, 10**9) if x is not None)
+            drawn += load_questions(resolve_data(s.path, self.base), s.split, wanted, self.options.seed).questions
+        return drawn if samples is None else drawn[:samples]
+
+    @cached_property
+    def prompts(self) -> Any:
+        from infoprune_export.runtime.prompts import Prompts
+
+        return Prompts.from_directory(self.checkpoint.directory, self.recipe.prompt)
+
+    @cached_property
+    def images(self) -> Any:
+        from infoprune_export.runtime.images import ImageProcessor
+
+        return ImageProcessor.from_directory(self.checkpoint.directory)
+
+    def prompt_ids(self, question: str) -> Any:
+        return self.prompts.encode(question, images=1, image_tokens=self.anatomy.geometry.image_tokens)
+
+    def _sample(self, question: Any) -> Any:
+        import numpy as np
+
+        from infoprune_export.compress.calibration import Sample
+
+        answer = self.prompts.encode_answer(question.answers[0]) if question.answers else np.empty(0, np.int64)
+        return Sample(self.prompt_ids(question.question), answer, self.images([question.image.open()]))
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        from infoprune_export.compress.statistics import gather
+
+        criterion = self.recipe.criterion
+        with self.progress.bar("statistics", sum(b.samples for b in self.batches)) as advance:
+            return gather(
+                self.original,
+                self.anatomy,
+                self.batches,
+                weighted=criterion.weighting == "loss",
+                temperature=criterion.temperature,
+                seed=self.options.seed,
+                progress=advance,
+            )
+
+    def decide(self) -> Plan:
+        """The plan: the one given, or the one that the criterion and the budget make."""
+        from infoprune_export.compress.decide import decide, keep_everything
+
+        recipe, source = self.recipe, self.checkpoint.source
+        if self.options.plan:
+            return read_plan_for(self.options.plan, source.sha256)
+        common = {
+            "source": source,
+            "criterion": recipe.criterion,
+            "workload": self.workload,
+            "scope": recipe.scope,
+            "seed": self.options.seed,
+        }
+        if recipe.flops == 1:
+            return keep_everything(self.anatomy, **common)
+        return decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
+
+    def factors(self, plan: Plan) -> tuple[Plan, Factors, nn.Module]:
+        """The plan with its factors, and the smaller model: the factors beside a given plan, or new ones.
+
+        The original is used up.
+        """
+        from infoprune_export.compress.factors import make_factors
+        from infoprune_export.compress.surgery import apply_plan
+
+        if self.options.plan and plan.factors_sha256:
+            factors = read_factors(self.options.plan.with_name("factors.safetensors"), plan.factors_sha256)
+            apply_plan(self.original, plan, factors)
+        elif plan.is_identity:
+            factors = {}
+        else:
+            statistics = self.statistics
+            with self.progress.bar("factors", len(plan.layers)) as advance:
+                factors = make_factors(self.original, plan, self.batches, statistics, progress=lambda _: advance(1))
+        plan = plan.model_copy(update={"factors_sha256": hashlib.sha256(factor_bytes(factors)).hexdigest()})
+        return plan, factors, self.original
+
+
+def read_plan_for(path: Path, sha256: str) -> Plan:
+    """A plan, checked against the model it is to be applied to."""
+    if path.is_dir():
+        path = path / "plan.json"
+    plan = Plan.read(path)
+    if plan.source.sha256 != sha256:
+        raise InputError(
+            f"was made for another model ({plan.source.id}, sha256 {plan.source.sha256[:12]}…; this one is {sha256[:12]}…)",
+            where=path,
+            mend="apply it to the model it was made for, or plan this one: infoprune-export plan MODEL",
+        )
+    return plan
+
+
+def resolve_data(path: str, base: Path) -> str | Path:
+    """`tiny:NAME` as it is; anything else relative to the recipe."""
+    return path if path.startswith("tiny:") else base / path
+
+
+def copy_processor_files(source: Path, out: Path) -> None:
+    from infoprune_export.models.load import PROCESSOR_FILES
+
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
