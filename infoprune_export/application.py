@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from infoprune_export.bundle import Bundle, write_atomically
+from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, read_plan_for, require_export
-from infoprune_export.plan import factor_bytes, read_factors
+from infoprune_export.plan import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
 
@@ -30,12 +30,10 @@ def to_model(recipe: Recipe, options: Options, progress: Progress | None = None)
     out = options.out
     _check_empty(out)
     job = Job(recipe, options, progress)
-    plan, factors, model = job.factors(job.decide())
-    out.mkdir(parents=True, exist_ok=True)
+    plan, model = job.factors(job.decide())
+    plan.save(out)
     copy_processor_files(job.checkpoint.directory, out)
     save_weights(model, out / "model" / "model.safetensors")
-    (out / "factors.safetensors").write_bytes(factor_bytes(factors))
-    write_atomically(out / "plan.json", plan.to_json() + "\n")
 
 
 def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from infoprune_export import __version__
-from infoprune_export.errors import InfoPruneError, InputError
+from infoprune_export.errors import InfoPruneError
 
 TARGETS = click.Choice(["onnx", "ort", "trt"])
 
@@ -130,12 +130,12 @@ def cli() -> None:
 @_options("seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
-    from infoprune_export import pipeline
+    from infoprune_export import job, pipeline
 
     recipe, options, progress = _job(model, given, plan=plan_file, original=given["original"], resume=given["resume"], archs=given["archs"])
     if dry_run:
-        pipeline.require_export()
-        plan = pipeline.Job(recipe, options, progress).decide()
+        job.require_export()
+        plan = job.Job(recipe, options, progress).decide()
         return _show_plan(plan, as_json)
     bundle, report = pipeline.export_bundle(recipe, options, progress)
     _show_report(bundle.path, report, as_json)
@@ -199,10 +199,17 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
     from infoprune_export.validate.validate import validate_bundle
 
     bundle = Bundle.open(directory)
-    gates = {k: given[k] for k in ("max_drop", "min_speedup")}
+    progress = _progress(given)
     report = validate_bundle(
-        bundle, original=Bundle.open(original) if original else None, threads=given["threads"], progress=_progress(given), **gates
+        bundle,
+        original=Bundle.open(original) if original else None,
+        threads=given["threads"],
+        max_drop=given["max_drop"],
+        min_speedup=given["min_speedup"],
+        notify=progress.note,
+        progress=progress.counter(),
     )
+    report.write(directory, bundle.plan())
     _show_report(directory, report, as_json)
 
 
@@ -273,60 +280,24 @@ def doctor(as_json: bool, **given: Any) -> None:
     report = machine_report()
     if as_json:
         return _print_json(report.as_dict())
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for row in report.as_rows():
-        table.add_row(*map(str, row))
+        table.add_row(*map(escape, row))
     _print(table)
 
 
 def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -> tuple[Any, Any, Any]:
     """Recipe with overrides, options and progress of a verb that takes a MODEL."""
-    from infoprune_export.pipeline import Options
+    from infoprune_export.job import Options, resolve
 
-    recipe = resolve(model, given)
+    progress = _progress(given)
+    recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))
     out = given.get("out") or Path("build") / (recipe.name + suffix)
     options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
-    return recipe, options, _progress(given)
-
-
-def resolve(model: str, given: dict[str, Any]) -> Any:
-    """The recipe that MODEL names, with the command line's options over its fields."""
-    from infoprune_export.recipe import DataSource, Recipe, near, packaged, read
-
-    names = packaged()
-    path = Path(model)
-    if model in names:
-        recipe = read(names[model])
-    elif path.suffix in (".yaml", ".yml"):
-        recipe = read(path)
-    elif path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
-        _say("no calibration data named: using the small packaged set; data like your own is better", warning=True) if not given.get(
-            "calibration"
-        ) and given.get("flops", 1) != 1 else None
-        tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
-        recipe = Recipe(
-            name=path.resolve().name if path.is_dir() else model.split("/")[1],
-            model=str(path.resolve()) if path.is_dir() else model,
-            calibration=tiny,
-        )
-    else:
-        raise InputError(
-            f"no recipe, file or directory {model!r}{near(model, list(names))}",
-            mend=f"recipes: {', '.join(names)}; or name a recipe file, a model directory or a hub id org/name",
-        )
-    changes: dict[str, Any] = {
-        k: given[k] for k in ("flops", "scope", "dtype", "samples", "max_drop", "min_speedup") if given.get(k) is not None
-    }
-    if given.get("targets"):
-        changes["targets"] = list(dict.fromkeys(given["targets"]))
-    if given.get("calibration"):
-        changes["calibration"] = [DataSource(path=str(given["calibration"].absolute()))]
-    origin = recipe.origin
-    recipe = recipe.model_copy(update=changes)
-    recipe._origin = origin
-    return recipe
+    return recipe, options, progress
 
 
 def _progress(given: dict[str, Any]) -> Any:
@@ -345,8 +316,6 @@ def _show_plan(plan: Any, as_json: bool) -> None:
 
 
 def _show_report(directory: Path, report: Any, as_json: bool) -> None:
-    from infoprune_export.errors import GateFailed
-
     if as_json:
         click.echo(report.to_json())
     else:
@@ -354,8 +323,7 @@ def _show_report(directory: Path, report: Any, as_json: bool) -> None:
 
         _print(summary_table(report))
         _say(f"bundle: {directory}    report: {directory}/report.html")
-    if failed := report.failed_gates():
-        raise GateFailed(f"gate failed: {'; '.join(failed)}", where=directory, mend="the bundle is kept; report.html says more")
+    report.raise_for_gates()
 
 
 def _print(renderable: Any) -> None:

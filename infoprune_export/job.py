@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.plan import Factors, Plan, factor_bytes, read_factors
+from infoprune_export.plan import Plan, read_factors
 from infoprune_export.progress import Progress, Silent
-from infoprune_export.recipe import DataSource, Recipe, Workload
+from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from infoprune_export.compress.statistics import Batch, Statistics
     from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.models.load import SourceModel
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Options:
         threads: Of PyTorch and ONNX Runtime; all when None.
         device: Where PyTorch works; the best present when None.
         archs: GPU architectures for TensorRT engines; the default set when empty.
-        validate: Whether to measure.
+        seconds: Measuring time of each part's latency.
     """
 
     out: Path
@@ -46,6 +48,7 @@ class Options:
     threads: int | None = None
     device: str | None = None
     archs: list[str] = field(default_factory=list)
+    seconds: float = 5.0
 
 
 def require_export() -> None:
@@ -61,15 +64,56 @@ def require_export() -> None:
             raise MissingRequirement(f"compressing and exporting need {package}", mend='pip install "infoprune-export[export]"')
 
 
+def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lambda line: None) -> Recipe:
+    """The recipe that a MODEL argument names, with options over its fields.
+
+    Args:
+        model: Recipe name, recipe file, model directory or hub id `org/name`.
+        given: Fields to override (flops, scope, dtype, samples, max_drop, min_speedup, targets, calibration); None leaves one as it is.
+        warn: Gets a line where a default is not what one would choose.
+
+    Raises:
+        InputError: nothing of that name; near names are suggested.
+    """
+    names, path = packaged(), Path(model)
+    if model in names:
+        recipe = read(names[model])
+    elif path.suffix in (".yaml", ".yml"):
+        recipe = read(path)
+    elif path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+        if given.get("calibration") is None and (given.get("flops") or 1) != 1:
+            warn("no calibration data named: using the small packaged set; data like your own is better (--calibration)")
+        tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
+        local = path.is_dir()
+        recipe = Recipe(name=path.resolve().name if local else model.split("/")[1], model=str(path.resolve()) if local else model, calibration=tiny)
+    else:
+        raise InputError(
+            f"no recipe, file or directory {model!r}{near(model, list(names))}",
+            mend=f"recipes: {', '.join(names)}; or name a recipe file, a model directory or a hub id org/name",
+        )
+    fields = ("flops", "scope", "dtype", "samples", "max_drop", "min_speedup")
+    changes: dict[str, Any] = {k: given[k] for k in fields if given.get(k) is not None}
+    if given.get("targets"):
+        changes["targets"] = list(dict.fromkeys(given["targets"]))
+    if given.get("calibration"):
+        changes["calibration"] = [DataSource(path=str(given["calibration"].absolute()))]
+    origin, recipe = recipe.origin, recipe.model_copy(update=changes)
+    recipe._origin = origin
+    return recipe
+
+
 class Job:
     """A recipe with its source model, and everything that is made of them, each once and when first needed."""
 
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
-        from infoprune_export.models.load import locate
-
         self.recipe, self.options, self.progress = recipe, options, progress or Silent()
         self.base = recipe.origin.parent if recipe.origin else Path()
-        self.checkpoint: SourceModel = locate(recipe.model, self.base, recipe.revision)
+
+    @cached_property
+    def checkpoint(self) -> SourceModel:
+        from infoprune_export.models.load import locate
+
+        return locate(self.recipe.model, self.base, self.recipe.revision)
 
     @cached_property
     def original(self) -> nn.Module:
@@ -85,6 +129,12 @@ class Job:
         from infoprune_export.models.families import find_anatomy
 
         return find_anatomy(self.original)
+
+    def adopt(self, plan: Plan) -> Plan:
+        """Goes on with a plan that was made; the original, used up or not needed any more, is let go."""
+        self.__dict__ |= {"anatomy": plan.anatomy, "workload": plan.workload}
+        self.__dict__.pop("original", None)
+        return plan
 
     @cached_property
     def workload(self) -> Workload:
@@ -110,10 +160,17 @@ class Job:
 
         share = None if samples is None else -(-samples // len(sources))
         drawn = []
-        for s in sources:
-            wanted = min(x for x in (share, s.samples, 10**9) if x is not None)
-            drawn += load_questions(resolve_data(s.path, self.base), s.split, wanted, self.options.seed).questions
+        for s in self.resolved(dict(enumerate(sources))).values():
+            limits = [x for x in (share, s.samples) if x is not None]
+            drawn += load_questions(s.path, s.split, min(limits, default=None), self.options.seed).questions
         return drawn if samples is None else drawn[:samples]
+
+    def resolved(self, sources: dict[Key, DataSource]) -> dict[Key, DataSource]:
+        """Data sources with paths that do not depend on the working directory; `tiny:NAME` stays as it is."""
+        return {
+            k: s if s.path.startswith("tiny:") else s.model_copy(update={"path": str((self.base / s.path).absolute())})
+            for k, s in sources.items()
+        }
 
     @cached_property
     def prompts(self) -> Any:
@@ -172,8 +229,8 @@ class Job:
             return keep_everything(self.anatomy, **common)
         return decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
 
-    def factors(self, plan: Plan) -> tuple[Plan, Factors, nn.Module]:
-        """The plan with its factors, and the smaller model: the factors beside a given plan, or new ones.
+    def factors(self, plan: Plan) -> tuple[Plan, nn.Module]:
+        """The plan with its factors (those beside a given plan, or new ones), and the smaller model.
 
         The original is used up.
         """
@@ -189,8 +246,9 @@ class Job:
             statistics = self.statistics
             with self.progress.bar("factors", len(plan.layers)) as advance:
                 factors = make_factors(self.original, plan, self.batches, statistics, progress=lambda _: advance(1))
-        plan = plan.model_copy(update={"factors_sha256": hashlib.sha256(factor_bytes(factors)).hexdigest()})
-        return plan, factors, self.original
+        plan = plan.model_copy()
+        plan.factors = factors
+        return plan, self.original
 
 
 def read_plan_for(path: Path, sha256: str) -> Plan:
@@ -205,11 +263,6 @@ def read_plan_for(path: Path, sha256: str) -> Plan:
             mend="apply it to the model it was made for, or plan this one: infoprune-export plan MODEL",
         )
     return plan
-
-
-def resolve_data(path: str, base: Path) -> str | Path:
-    """`tiny:NAME` as it is; anything else relative to the recipe."""
-    return path if path.startswith("tiny:") else base / path
 
 
 def copy_processor_files(source: Path, out: Path) -> None:

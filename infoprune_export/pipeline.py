@@ -13,20 +13,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
 from infoprune_export.models.flops import DENOMINATORS, count
-from infoprune_export.plan import Plan, factor_bytes
-from infoprune_export.progress import Progress, Silent
+from infoprune_export.plan import Plan
+from infoprune_export.progress import Progress
 from infoprune_export.recipe import Dtype, Recipe
 from infoprune_export.workspace import Workspace, check_disk, check_output
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from infoprune_export.validate.report import Report
 
 ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
@@ -34,7 +36,7 @@ REFERENCE_PROMPTS = 128
 REFERENCE_IMAGES = 32
 
 
-def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = None) -> tuple[Bundle, Any]:
+def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = None) -> tuple[Bundle, Report]:
     """The main job: a recipe becomes a bundle with a report.
 
     Args:
@@ -50,8 +52,12 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     """
     require_export()
     check_output(options.out)
-    progress = progress or Silent()
-    job = Job(recipe, options, progress)
+    return run(Job(recipe, options, progress))
+
+
+def run(job: Job) -> tuple[Bundle, Report]:
+    """Runs every stage of a job; see `export_bundle`."""
+    recipe, options, progress = job.recipe, job.options, job.progress
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
     _check_targets(recipe, options)
@@ -60,12 +66,12 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
         root = space.path
         space.stage("compress", lambda: _compress(job, root))
+        plan = job.adopt(Plan.read(root / "plan.json"))
         space.stage("reference", lambda: _reference(job, root, progress))
         space.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
-        space.stage("engines", lambda: _engines(recipe, Plan.read(root / "plan.json"), root, options, keep_original, progress))
+        space.stage("engines", lambda: _engines(recipe, plan, root, options, keep_original, progress))
         bundle = Bundle(root, _manifest(job, root, dtypes))
-        report = _validate(job, bundle, options, progress)
-        _card(job, bundle, report)
+        report = _validate(job, bundle)
         bundle.write_manifest()
         space.finish()
     return Bundle.open(options.out, verify=False), report
@@ -75,13 +81,11 @@ def _compress(job: Job, root: Path) -> None:
     """Plan, factors and the smaller model's weights, with the files a processor is read from."""
     from infoprune_export.compress.network import save_weights
 
-    plan, factors, model = job.factors(job.decide())
+    plan, model = job.factors(job.decide())
     shutil.rmtree(root / "model", ignore_errors=True)
-    write_atomically(root / "plan.json", plan.to_json() + "\n")
-    (root / "factors.safetensors").write_bytes(factor_bytes(factors))
+    plan.save(root)
     copy_processor_files(job.checkpoint.directory, root)
     save_weights(model, root / "model" / "model.safetensors")
-    job.__dict__.pop("original", None)  # it has become the smaller model: a later stage that needs the original loads it again
 
 
 def _reference(job: Job, root: Path, progress: Progress) -> None:
@@ -176,23 +180,30 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     job = Job(recipe, options, progress)
-    plan, factors, _ = job.factors(job.decide())
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "factors.safetensors").write_bytes(factor_bytes(factors))
-    write_atomically(out / "plan.json", plan.to_json() + "\n")
+    plan, _ = job.factors(job.decide())
+    plan.save(out)
     return plan
 
 
-def _validate(job: Job, bundle: Bundle, options: Options, progress: Progress) -> Any:
+def _validate(job: Job, bundle: Bundle) -> Report:
+    """Measures the bundle before it is put in place; the card quotes its figures, so it is hashed after this."""
+    from infoprune_export.validate.card import model_card
     from infoprune_export.validate.validate import validate_bundle
 
-    return validate_bundle(bundle, base=job.base, threads=options.threads, progress=progress)
-
-
-def _card(job: Job, bundle: Bundle, report: Any) -> None:
-    from infoprune_export.validate.card import model_card
-
-    write_atomically(bundle.path / "README.md", model_card(bundle.manifest, bundle.plan(), report, licence=job.checkpoint.licence))
+    recipe, plan = job.recipe, bundle.plan()
+    report = validate_bundle(
+        bundle,
+        evaluation=job.resolved(recipe.evaluation),
+        threads=job.options.threads,
+        max_drop=recipe.max_drop,
+        min_speedup=recipe.min_speedup,
+        seconds=job.options.seconds,
+        notify=job.progress.note,
+        progress=job.progress.counter(),
+    )
+    report.write(bundle.path, plan)
+    write_atomically(bundle.path / "README.md", model_card(bundle.manifest, plan, report, licence=job.checkpoint.licence))
+    return report
 
 
 def dtype_of(recipe: Recipe, target: str) -> Dtype:

@@ -26,6 +26,9 @@ from infoprune_export.recipe import Criterion, Scope, Workload, first_problem
 
 SCHEMA_VERSION = 1
 
+Factors = dict[str, np.ndarray]
+"""Contents of factors.safetensors: tensor name to float32 array."""
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -105,6 +108,51 @@ class Plan(_Strict):
         """Site to rank, of every matrix that becomes a low-rank pair."""
         return {site(d.tower, d.layer, role): r for d in self.layers for role, r in d.ranks.items() if r is not None}
 
+    _factors: Factors | None = None
+
+    @property
+    def factors(self) -> Factors | None:
+        """Contents of factors.safetensors, where they are at hand."""
+        return self._factors
+
+    @factors.setter
+    def factors(self, factors: Factors) -> None:
+        self._factors = factors
+        self.factors_sha256 = hashlib.sha256(factor_bytes(factors)).hexdigest()
+
+    def save(self, directory: Path | str) -> None:
+        """Writes plan.json and, where they are at hand, factors.safetensors."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if self._factors is not None:
+            (directory / "factors.safetensors").write_bytes(factor_bytes(self._factors))
+        (directory / "plan.json").write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Plan:
+        """Reads plan.json and its factors from a directory, such as a bundle.
+
+        Raises:
+            InputError: either cannot be read, or they do not belong together.
+        """
+        directory = Path(directory)
+        plan = cls.read(directory / "plan.json")
+        if plan.factors_sha256 is not None:
+            plan._factors = read_factors(directory / "factors.safetensors", plan.factors_sha256)
+        return plan
+
+    def __str__(self) -> str:
+        """The tables that `infoprune-export inspect` shows."""
+        from rich.console import Console
+
+        from infoprune_export.inspect import plan_tables
+
+        console = Console(width=100, highlight=False)
+        with console.capture() as captured:
+            for table in plan_tables(self):
+                console.print(table)
+        return captured.get().rstrip()
+
     @property
     def is_identity(self) -> bool:
         """Whether nothing is removed."""
@@ -144,10 +192,6 @@ class Plan(_Strict):
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"cannot be read ({e})", where=path) from None
         return cls.from_json(text, where=path)
-
-
-Factors = dict[str, np.ndarray]
-"""Contents of factors.safetensors: tensor name to float32 array."""
 
 
 def factor_bytes(factors: Factors) -> bytes:

@@ -17,6 +17,9 @@ class Progress(Protocol):
     def bar(self, name: str, total: int):
         """A context that gives a function to call with the number of units just done."""
 
+    def counter(self) -> Callable[[str, int, int], None]:
+        """A function to be told what is under way, how much of it is done, and of how much."""
+
     def note(self, line: str) -> None:
         """A line worth reading."""
 
@@ -31,6 +34,9 @@ class Silent:
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: None
+
+    def counter(self) -> Callable[[str, int, int], None]:
+        return lambda what, done, total: None
 
     def note(self, line: str) -> None:
         pass
@@ -66,5 +72,17 @@ class Terminal:
             yield lambda n: bars.advance(task, n)
         self.console.print(f"[green]✓[/] {name} [dim]{total} in {time.monotonic() - start:.1f} s[/]")
 
+    def counter(self) -> Callable[[str, int, int], None]:
+        started: dict[str, float] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            start = started.setdefault(what, time.monotonic())
+            if done >= total:
+                self.console.print(f"[green]✓[/] {what} [dim]{total} in {time.monotonic() - start:.1f} s[/]")
+            elif self.console.is_terminal:
+                self.console.print(f"  {what} {done}/{total}", end="\r")
+
+        return told
+
     def note(self, line: str) -> None:
-        self.console.print(line)
+        self.console.print(line, markup=False)

@@ -110,7 +110,7 @@ def packaged() -> dict[str, Path]:
 
 def near(name: str, names: list[str]) -> str:
     """`, did you mean ...?` or nothing."""
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

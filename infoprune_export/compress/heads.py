@@ -102,7 +102,7 @@ def refit_output(
     w = weight.double()
     c = second if bias is None else second - torch.outer(mean, mean)
     css = c[kept][:, kept]
-    damping = ridge * css.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    damping = ridge * float(css.diagonal().mean()) or 1.0  # without any data every solution is as good: keep the weights
     # Solved for the change against plain slicing, so that the ridge pulls towards the original weights and not to zero.
     rest = sorted(set(range(w.shape[1])) - set(kept))
     change = torch.linalg.solve(css + damping * torch.eye(len(kept), dtype=torch.float64), c[kept][:, rest] @ w[:, rest].T).T

@@ -1,0 +1,118 @@
+"""The work folder: locked, resumable, renamed when whole, gone when refused."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from infoprune_export.errors import InputError, NotEnough
+from infoprune_export.workspace import Workspace, check_disk
+
+
+def _finish(out, key="k", text="new"):
+    with Workspace(out, key) as space:
+        space.stage("write", lambda: (space.path / "manifest.json").write_text(text))
+        space.finish()
+
+
+def test_result_is_in_place_and_nothing_else_is_left(tmp_path):
+    _finish(tmp_path / "b" / "out")
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["out"]
+    assert [p.name for p in (tmp_path / "b" / "out").iterdir()] == ["manifest.json"]
+
+
+def test_an_older_bundle_is_replaced(tmp_path):
+    _finish(tmp_path / "out", text="old")
+    _finish(tmp_path / "out", text="new")
+    assert (tmp_path / "out" / "manifest.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_run_goes_on_after_its_last_stage(tmp_path):
+    ran = []
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", "k") as space:
+        space.stage("one", lambda: ran.append("one"))
+        raise KeyboardInterrupt
+    with Workspace(tmp_path / "out", "k") as space:
+        assert not space.stage("one", lambda: ran.append("one again"))
+        space.stage("two", lambda: ran.append("two"))
+    assert ran == ["one", "two"]
+
+
+@pytest.mark.parametrize("again", [{"key": "other"}, {"key": "k", "resume": False}])
+def test_other_inputs_or_no_resume_start_afresh(tmp_path, again):
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", "k") as space:
+        space.stage("one", lambda: None)
+        raise KeyboardInterrupt
+    with Workspace(tmp_path / "out", **again) as space:
+        assert space.stage("one", lambda: None)
+
+
+def test_a_refused_run_leaves_nothing(tmp_path):
+    with pytest.raises(InputError), Workspace(tmp_path / "new" / "out", "k"):
+        raise InputError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_no_bundle_is_never_touched(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years")
+    with pytest.raises(InputError, match="is not a bundle; it is never overwritten"):
+        Workspace(tmp_path / "out", "k")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        Workspace(tmp_path / "file", "k")
+
+
+def test_two_runs_at_once_the_second_is_refused(tmp_path):
+    with Workspace(tmp_path / "out", "k"):
+        with pytest.raises(InputError, match="another run is writing"), Workspace(tmp_path / "out", "k"):
+            pass
+        assert (tmp_path / ".out.lock").exists()
+    _finish(tmp_path / "out")
+
+
+def test_kill_9_does_not_block_the_next_run(tmp_path):
+    code = f"""
+        import time
+        from pathlib import Path
+        from infoprune_export.workspace import Workspace
+        with Workspace(Path({str(tmp_path / "out")!r}), "k") as space:
+            space.stage("one", lambda: None)
+            print("ready", flush=True)
+            time.sleep(60)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.05)
+    with Workspace(tmp_path / "out", "k") as space:
+        assert not space.stage("one", lambda: None)
+
+
+def test_a_kill_between_the_two_renames_brings_the_old_bundle_back(tmp_path):
+    _finish(tmp_path / "out", text="old")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "out", "k"):
+        raise KeyboardInterrupt
+    assert (tmp_path / "out" / "manifest.json").read_text() == "old"
+
+
+def test_a_full_disk_is_said_and_resumable(tmp_path):
+    with pytest.raises(NotEnough, match="the disk is full") as e, Workspace(tmp_path / "out", "k") as space:
+        space.stage("one", lambda: None)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert e.value.exit_code == 4
+    with Workspace(tmp_path / "out", "k") as space:
+        assert not space.stage("one", lambda: None)
+
+
+def test_disk_is_checked_before_the_work(tmp_path):
+    with pytest.raises(NotEnough, match="--no-original"):
+        check_disk(tmp_path / "out", 10**18)
