@@ -14,6 +14,7 @@ import torch
 
 from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
 
+
 class Graphs:
     """The three graphs of a directory in ONNX Runtime."""
 

@@ -122,10 +122,10 @@ class ImageFolder:
     """Where a data set keeps its images: folders and archives, in order of preference."""
 
     def __init__(self, roots: Iterable[Path], folders: Iterable[str], archives: Iterable[str]):
-        roots = list(dict.fromkeys(roots))
+        roots, folders, archives = list(dict.fromkeys(roots)), list(folders), list(archives)
         self.folders = [root / name for root in roots for name in folders if (root / name).is_dir()]
         self.archives = [root / name for root in roots for name in archives if (root / name).is_file()]
-        self._looked = [str(roots[0] / name) for name in (*(f"{f}/" for f in folders), *archives)]
+        self._looked = [str(roots[0] / name) for name in (*folders, *archives)]
 
     def find(self, stem: str, where: str) -> ImageRef:
         """The image with a file name without suffix.

@@ -21,9 +21,9 @@ def load_engine(target: TargetName, path: Path, threads: int | None = None) -> E
         MissingRequirement: the library or the device is missing.
     """
     if target == "trt":
-        from infoprune_export.engines import tensorrt
+        from infoprune_export.engines import tensorrt_run
 
-        return tensorrt.load_engine(path)
+        return tensorrt_run.load_engine(path)
     from infoprune_export.engines.onnxruntime import OrtEngine
 
     return OrtEngine.open(path, threads)

@@ -44,6 +44,16 @@ class Flavour:
         known = self.module.ComputeCapability.__members__
         return tuple(name.lower() for name in known if name.startswith("SM"))
 
+    @property
+    def times_kernels(self) -> bool:
+        """Whether it times kernels when it builds, and so has a timing cache; TensorRT-RTX chooses them when it runs."""
+        return self.name == "tensorrt"
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether an engine holds its weights once for every profile."""
+        return self.name == "tensorrt-rtx"
+
     def can_build(self, arch: str) -> bool:
         """Whether it builds for an architecture on this machine."""
         return arch in self.ahead_of_time or (self.name == "tensorrt" and arch in {gpu.arch for gpu in gpus()})
@@ -84,6 +94,20 @@ def find_flavour(preferred: str | None = None) -> Flavour:
     return flavour
 
 
+def flavour_for(archs: Sequence[str]) -> Flavour:
+    """The flavour that builds for all of some architectures on this machine.
+
+    Raises:
+        MissingRequirement: no flavour is installed, or none builds for them all; names the first that it cannot.
+    """
+    usual = find_flavour()
+    for flavour in (usual, *installed()):
+        if all(flavour.can_build(arch) for arch in archs):
+            return flavour
+    check_archs(usual, archs)
+    return usual
+
+
 def parse_arch(text: str) -> str:
     """`sm86` from `sm86`, `SM_86`, `86` or `8.6`.
 
@@ -110,7 +134,7 @@ def check_archs(flavour: Flavour, archs: Sequence[str]) -> None:
     for arch in archs:
         if not flavour.can_build(arch):
             able = ", ".join(flavour.ahead_of_time) or ", ".join(gpu.arch for gpu in gpus())
-            raise unsupported(flavour, arch, f"it builds for {able} here")
+            raise unsupported(flavour, arch, f"here it builds for {able}")
 
 
 def unsupported(flavour: Flavour, arch: str, why: str) -> MissingRequirement:

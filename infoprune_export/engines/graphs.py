@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx
@@ -31,7 +31,7 @@ def external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
     Raises:
         InputError: for a location that leaves the directory.
     """
-    locations = {_external_entries(t).get("location", "") for t in _tensors(model.graph) if _is_external(t)}
+    locations = {_external_entries(t).get("location", "") for t in _constants(model) if _is_external(t)}
     return [inside(path.parent, location, path) for location in sorted(locations)]
 
 
@@ -46,20 +46,34 @@ def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
         if not file.is_file():
             raise InputError(f"its weights file {file.name} is missing", where=path, mend="keep a graph and its data file together")
         sizes[file] = file.stat().st_size
-    for tensor in _tensors(model.graph):
+    for tensor in _constants(model):
         if _is_external(tensor):
             entries = _external_entries(tensor)
             file = path.parent / entries["location"]
-            if int(entries.get("offset", 0)) + int(entries.get("length", 0)) > sizes[file]:
+            offset, length = (entries.get(key, "0") for key in ("offset", "length"))
+            if not (offset.isdecimal() and length.isdecimal()):
+                raise InputError(f"weight {tensor.name!r} has no valid offset and length", where=path, mend="export it again")
+            if int(offset) + int(length) > sizes[file]:
                 raise InputError(
                     f"weight {tensor.name!r} lies beyond the end of {file.name}", where=path, mend="the file was cut: export it again"
                 )
 
 
+def _constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every constant of a model, its local functions included."""
+    yield from _tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """Every constant of a graph and of the graphs inside its nodes."""
     yield from graph.initializer
-    for node in graph.node:
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t

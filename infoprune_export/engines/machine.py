@@ -6,10 +6,11 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from infoprune_export.engines import cuda, flavours
 
@@ -45,6 +46,10 @@ class TargetReport:
     detail: str
     mend: str | None = None
 
+    def __str__(self) -> str:
+        builds, runs = ("yes" if able else "no" for able in (self.can_build, self.can_run))
+        return f"build: {builds}, run: {runs} ({self.detail})" + (f"\n{self.mend}" if self.mend else "")
+
 
 @dataclass(frozen=True)
 class MachineReport:
@@ -63,8 +68,12 @@ class MachineReport:
     disk_free: int
     targets: list[TargetReport]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self)
+
     def as_rows(self) -> list[tuple[str, str]]:
-        """Label and value of everything but the targets, for a table."""
+        """Label and value, for a table."""
         return [
             ("system", self.system),
             ("Python", self.python),
@@ -76,9 +85,10 @@ class MachineReport:
             ("ONNX Runtime", ", ".join(self.providers) or "not installed"),
             ("TensorRT", ", ".join(f"{name} {version}" for name, version in self.flavours.items()) or "not installed"),
             *self.packages.items(),
+            *((f"target {t.target}", str(t)) for t in self.targets),
         ]
 
-    def description(self) -> dict[str, object]:
+    def description(self) -> dict[str, Any]:
         """The machine as a report names it: what a measured figure depends on, and no host name."""
         return {
             "system": self.system,
@@ -208,6 +218,6 @@ def _trt_target() -> TargetReport:
             bool(archs),
             False,
             f"{detail}; no NVIDIA driver here",
-            "run engines on the target, with [trt] or [trt-rtx] installed there",
+            "run on the target, after: pip install 'infoprune-export[trt-rtx]'",
         )
     return TargetReport("trt", bool(archs), True, detail)

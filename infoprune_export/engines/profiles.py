@@ -7,7 +7,7 @@ new ones, the capacity C is P + N rounded up to a multiple of 64:
     decode    sequence 1;                  past 1..C-1, tuned for P + N / 2
 
 Requests of up to C tokens run whatever their mix of text and images, and a longer one needs an
-engine built for a longer workload.
+engine built for a longer workload. `spanning` makes one profile of the two.
 """
 
 from __future__ import annotations
@@ -42,13 +42,19 @@ class Span:
     optimum: int
     maximum: int
 
+    def __add__(self, other: Span) -> Span:
+        return Span(self.minimum + other.minimum, self.optimum + other.optimum, self.maximum + other.maximum)
+
 
 @dataclass(frozen=True)
 class Profile:
-    """One way the engine is used: a span for every dynamic axis."""
+    """One way the engine is used: a span for every dynamic axis, `total` being past + sequence."""
 
     name: str
     axes: Mapping[str, Span]
+
+    def span(self, axis: str) -> Span:
+        return self.axes["past"] + self.axes["sequence"] if axis == "total" else self.axes[axis]
 
     def shapes(self, tensor: str, shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
         """Minimum, optimum and maximum shape of one input.
@@ -66,7 +72,7 @@ class Profile:
             if size >= 0:
                 spans.append(Span(size, size, size))
             elif axis in meanings:
-                spans.append(self.axes[meanings[axis]])
+                spans.append(self.span(meanings[axis]))
             else:
                 raise InputError(
                     f"input {tensor!r} has a dynamic axis {axis} that no component has",
@@ -88,6 +94,16 @@ def workload_profiles(workload: Workload) -> list[Profile]:
     middle = prompt + workload.new_tokens // 2
     images = max(1, workload.images * workload.batch)
     shared = {"batch": Span(1, workload.batch, workload.batch), "images": Span(1, images, images)}
-    prefill = {"sequence": Span(1, prompt, most), "past": Span(0, 0, 0), "total": Span(1, prompt, most)}
-    decode = {"sequence": Span(1, 1, 1), "past": Span(1, middle, most - 1), "total": Span(2, middle + 1, most)}
+    prefill = {"sequence": Span(1, prompt, most), "past": Span(0, 0, 0)}
+    decode = {"sequence": Span(1, 1, 1), "past": Span(1, middle, most - 1)}
     return [Profile("prefill", shared | prefill), Profile("decode", shared | decode)]
+
+
+def spanning(profiles: Sequence[Profile]) -> Profile:
+    """One profile that covers several and is tuned for the last of them."""
+    last = profiles[-1]
+    axes = {
+        axis: Span(min(p.axes[axis].minimum for p in profiles), tuned.optimum, max(p.axes[axis].maximum for p in profiles))
+        for axis, tuned in last.axes.items()
+    }
+    return Profile(" and ".join(p.name for p in profiles), axes)

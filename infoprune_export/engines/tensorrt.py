@@ -6,21 +6,22 @@ directory. See flavours.py for where this runs, and tensorrt_run.py for running 
 
 from __future__ import annotations
 
-import time
-import warnings
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
-from infoprune_export.engines.flavours import Flavour, check_archs, find_flavour, unsupported
+from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
 from infoprune_export.engines.machine import memory
-from infoprune_export.engines.profiles import Profile
-from infoprune_export.errors import InputError, NotEnough
+from infoprune_export.engines.profiles import Profile, Shape, spanning
+from infoprune_export.errors import InfoPruneError, InputError, NotEnough
 
-BUILD_MEMORY = 3
-"""Memory that a build takes, in units of its weights: a 423 MB layer of a 7B decoder was seen to take 1.3 GB."""
+MEMORY_BASE, MEMORY_PER_PROFILE = 1.5, 2.0
+"""Memory that a build takes, in units of its weights: 1.4 GB with one profile and 2.2 GB with two were seen for 0.4 GB."""
+ONE_PROFILE_FROM = 10**9
+"""Bytes of weights from which a flavour that copies them for every profile gets a single one, which covers all."""
 
 
 def build(
@@ -29,21 +30,22 @@ def build(
     *,
     archs: Sequence[str],
     profiles: Sequence[Profile],
-    log: Path,
-    timing_cache: Path | None = None,
+    name: str | None = None,
     flavour: Flavour | None = None,
 ) -> dict[str, Path]:
-    """Builds one engine file per architecture, `out_dir/<arch>/<graph name>.engine`.
+    """Builds one engine file per architecture: `out_dir/<arch>/<name>.engine`.
+
+    Beside it go TensorRT's own messages (`.log`) and, where the flavour times kernels, its timing cache
+    (`timing.cache`), which the next build starts from. Files are replaced whole, never written into.
 
     Args:
         graph: The ONNX file; its external weights lie in its directory.
         out_dir: Where the directories of the architectures go.
         archs: Such as sm86. TensorRT-RTX builds them all without a GPU.
-        profiles: Shapes to build for; see profiles.py.
-        log: TensorRT's own messages are appended to this file.
-        timing_cache: File to take kernel timings from and save them to. TensorRT-RTX times nothing when
-            it builds, and saves an empty one.
-        flavour: The flavour to build with; `find_flavour()` when None.
+        profiles: Shapes to build for, see profiles.py. TensorRT-RTX keeps a copy of the weights for every
+            profile, so a graph of 1 GB or more gets one that covers them all.
+        name: Of the engine files; the graph's own when None.
+        flavour: The flavour to build with; one that builds for all of `archs` here when None.
 
     Returns:
         Architecture to engine file.
@@ -53,59 +55,61 @@ def build(
         MissingRequirement: no flavour here builds for one of the architectures.
         NotEnough: less memory free than the build takes.
     """
-    flavour = flavour or find_flavour()
+    flavour = flavour or flavour_for(archs)
     check_archs(flavour, archs)
     model = read_graph(graph)
-    _check_memory(graph, weight_bytes(model, graph))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", encoding="utf-8") as lines:
-        builder = _Builder(flavour, model, graph, profiles, _logger(flavour, lines))
-        engines = {}
-        for arch in archs:
-            engines[arch] = out_dir / arch / f"{graph.stem}.engine"
-            engines[arch].parent.mkdir(parents=True, exist_ok=True)
-            started = time.perf_counter()
-            engines[arch].write_bytes(builder.build(arch, timing_cache))
-            size = engines[arch].stat().st_size / 1e6
-            lines.write(f"built {graph.stem} for {arch}: {size:.1f} MB in {time.perf_counter() - started:.1f} s\n")
-    return engines
+    weights = weight_bytes(model, graph)
+    if flavour.copies_weights and weights >= ONE_PROFILE_FROM:
+        profiles = [spanning(profiles)]
+    _check_memory(graph, weights, len(profiles))
+    network = _Network(flavour, model, graph)
+    return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
 
 
-class _Builder:
-    """A parsed network, to be built for one architecture after the other."""
+class _Network:
+    """A parsed graph, to be built for one architecture after the other."""
 
-    def __init__(self, flavour: Flavour, model: onnx.ModelProto, graph: Path, profiles: Sequence[Profile], logger):
-        self._flavour, self._graph, self._profiles, self._logger = flavour, graph, profiles, logger
+    def __init__(self, flavour: Flavour, model: onnx.ModelProto, graph: Path):
+        self._flavour, self._graph = flavour, graph
+        self._logger = _logger(flavour, graph.parent)
         trt = flavour.module
-        self._builder = trt.Builder(logger)
-        flags = trt.NetworkDefinitionCreationFlag
-        self._network = self._builder.create_network(1 << int(flags.STRONGLY_TYPED))
-        parser = trt.OnnxParser(self._network, logger)
+        self._builder = trt.Builder(self._logger)
+        self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(self._network, self._logger)
         allow_decomposed_attention(model)
-        if not parser.parse(model.SerializeToString(), str(graph.resolve())):
+        if not parser.parse(model.SerializeToString(), str(graph.resolve())):  # the path is where it looks for weights
             raise _parser_error(parser, graph)
+        self._parser_lines = self._logger.take()
 
-    def build(self, arch: str, timing_cache: Path | None) -> memoryview:
-        """The serialised engine for one architecture."""
-        config = self._config(arch)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # TensorRT-RTX calls its timing cache deprecated
-            known = timing_cache.read_bytes() if timing_cache and timing_cache.is_file() else b""
+    def build(self, arch: str, profiles: Sequence[Profile], engine: Path) -> Path:
+        """Writes the engine file for one architecture, and beside it log and timing cache."""
+        engine.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            plan = self._serialise(arch, profiles, engine.with_name("timing.cache"))
+        finally:
+            lines = [*self._parser_lines, *self._logger.take()]
+            _replace(engine.with_suffix(".log"), "".join(f"{line}\n" for line in lines).encode())
+        _replace(engine, plan)
+        return engine
+
+    def _serialise(self, arch: str, profiles: Sequence[Profile], timing_cache: Path) -> memoryview:
+        config = self._config(arch, profiles)
+        if self._flavour.times_kernels:
+            known = timing_cache.read_bytes() if timing_cache.is_file() else b""
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
-            self._logger.errors.clear()
-            plan = self._builder.build_serialized_network(self._network, config)
-            if plan is not None and timing_cache:
-                timing_cache.write_bytes(config.get_timing_cache().serialize())
+        plan = self._builder.build_serialized_network(self._network, config)
         if plan is None:
             raise self._build_error(arch)
+        if self._flavour.times_kernels:
+            _replace(timing_cache, config.get_timing_cache().serialize())
         return memoryview(plan)
 
-    def _config(self, arch: str):
+    def _config(self, arch: str, profiles: Sequence[Profile]):
         config = self._builder.create_builder_config()
         if self._flavour.ahead_of_time:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(self._flavour.module.ComputeCapability, arch.upper()), 0)
-        for shapes in self._distinct_shapes():
+        for shapes in self._distinct_shapes(profiles):
             profile = self._builder.create_optimization_profile()
             for name, (least, tuned, most) in shapes.items():
                 profile.set_shape(name, least, tuned, most)
@@ -113,17 +117,17 @@ class _Builder:
                 raise InputError(f"TensorRT refused the shapes {shapes}", where=self._graph, mend="check the recipe's workload")
         return config
 
-    def _distinct_shapes(self) -> list[dict]:
-        """Input shapes of every profile that differs from those before it; a vision encoder has one, whatever the text."""
+    def _distinct_shapes(self, profiles: Sequence[Profile]) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
+        """Input shapes of every profile that differs from those before it: a vision encoder has one, whatever the text."""
         inputs = [self._network.get_input(i) for i in range(self._network.num_inputs)]
-        every = [{x.name: profile.shapes(x.name, tuple(x.shape)) for x in inputs} for profile in self._profiles]
+        every = [{x.name: profile.shapes(x.name, tuple(x.shape)) for x in inputs} for profile in profiles]
         return [shapes for i, shapes in enumerate(every) if shapes not in every[:i]]
 
-    def _build_error(self, arch: str) -> Exception:
-        reason = self._logger.errors[0] if self._logger.errors else "it gives no reason"
-        if "is not supported" in reason and "Turing" in reason:
+    def _build_error(self, arch: str) -> InfoPruneError:
+        reason = self._logger.first_error or "it gives no reason"
+        if "Turing" in reason and "is not supported" in reason:
             return unsupported(self._flavour, arch, "its builder has no fp32 matrix products for it")
-        return InputError(f"{self._flavour.name} could not build it for {arch} ({reason})", where=self._graph)
+        return InputError(f"{self._flavour.name} could not build it for {arch}: {reason}", where=self._graph)
 
 
 def allow_decomposed_attention(model: onnx.ModelProto) -> None:
@@ -144,29 +148,43 @@ def _parser_error(parser, graph: Path) -> InputError:
     )
 
 
-def _check_memory(graph: Path, weights: int) -> None:
-    needed, free = BUILD_MEMORY * weights, memory().available
+def _check_memory(graph: Path, weights: int, profiles: int) -> None:
+    needed, free = (MEMORY_BASE + MEMORY_PER_PROFILE * profiles) * weights, memory().available
     if needed > free:
         raise NotEnough(
-            f"building it takes about {needed / 1e9:.1f} GB of memory ({BUILD_MEMORY} times its weights), {free / 1e9:.1f} GB are free",
+            f"building its engine takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free",
             where=graph,
             mend="build on a machine with more memory, or compress further (a lower --flops)",
         )
 
 
-def _logger(flavour: Flavour, lines):
-    """A TensorRT logger that writes to a file and remembers errors; a class of the flavour's own module."""
-    trt = flavour.module
+def _replace(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file beside its place and moves it there, so that a reader or a hard link keeps the old one whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
 
-    class FileLogger(trt.ILogger):
+
+def _logger(flavour: Flavour, directory: Path):
+    """A TensorRT logger (a class of the flavour's own module) that keeps what it is told, without the directory's name."""
+    severity = flavour.module.ILogger.Severity
+
+    class Logger(flavour.module.ILogger):
         def __init__(self):
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            flavour.module.ILogger.__init__(self)
+            self.first_error: str | None = None
+            self._lines: list[str] = []
 
-        def log(self, severity, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.errors.append(" ".join(message.split()))
-            if severity <= trt.ILogger.Severity.INFO:
-                lines.write(f"{severity.name.lower()}: {message}\n")
+        def log(self, level, message: str) -> None:
+            message = message.replace(f"{directory.resolve()}{os.sep}", "")
+            if level <= severity.ERROR and self.first_error is None:
+                self.first_error = " ".join(message.split())
+            if level <= severity.INFO:
+                self._lines.append(f"{level.name.lower()}: {message}")
 
-    return FileLogger()
+        def take(self) -> list[str]:
+            """The lines since the last call."""
+            lines, self._lines, self.first_error = self._lines, [], None
+            return lines
+
+    return Logger()

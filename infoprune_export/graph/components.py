@@ -28,7 +28,7 @@ class Component(nn.Module):
     """A network that becomes one graph.
 
     Attributes:
-        paths: Where in the model the parts of this network come from: own attribute to module path.
+        paths: Own attribute to the module path of the model that its weights are named after.
     """
 
     def __init__(self, model: nn.Module, **paths: str):
@@ -39,13 +39,15 @@ class Component(nn.Module):
 
 
 class VisionEncoder(Component):
-    """pixel_values [images, channels, H, W] -> image_features [images, tokens, hidden]."""
+    """pixel_values [images, channels, H, W] -> image_features [images, tokens, hidden].
+
+    Layers past the last feature layer are traced like the rest and fall out of the graph, because nothing uses them.
+    """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
         super().__init__(model, tower=anatomy.vision.path, projector=anatomy.projector[0].path.rpartition(".")[0])
         wanted = model.config.vision_feature_layer
-        depth = len(anatomy.vision.layers) + anatomy.vision.unused_layers
-        self.feature_layers = [i if i >= 0 else depth + 1 + i for i in ([wanted] if isinstance(wanted, int) else wanted)]
+        self.feature_layers = [wanted] if isinstance(wanted, int) else list(wanted)
         self.first_token = int(model.config.vision_feature_select_strategy == "default")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -68,6 +70,8 @@ class Decoder(Component):
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
         super().__init__(model, language=anatomy.language.path, head=anatomy.head_path)
+        if isinstance(self.head, TiedHead):
+            self.paths["head"] = anatomy.embed_path  # the name under which the table is stored already
         self.windows = _windows(self.language.config)
 
     def forward(
@@ -141,11 +145,11 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1:
             cos, sin = cos * self.scaling, sin * self.scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[str, Component]:
@@ -173,8 +177,6 @@ def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[
     _replace(model, anatomy.head_path if tied else None)
     _convert(model, dtype, table)
 
-    stack_path = anatomy.vision.layers[0].path.rpartition(".")[0]
-    model.set_submodule(stack_path, model.get_submodule(stack_path)[: len(anatomy.vision.layers)])
     return {VISION: VisionEncoder(model, anatomy), EMBED: TokenEmbedding(model, anatomy), DECODER: Decoder(model, anatomy)}
 
 
@@ -218,8 +220,9 @@ def _mask(attention_mask: Tensor, sequence: int, window: int | None) -> Tensor:
     Every position may look at itself, even padding: a row without any key would be NaN after the softmax, and
     NaN times the weight 0 that others give it is NaN still.
     """
-    keys = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    queries = keys[attention_mask.shape[1] - sequence :, None]
+    total = attention_mask.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    queries = torch.arange(sequence, device=attention_mask.device)[:, None] + (total - sequence)
     seen = keys <= queries
     if window is not None:
         seen = seen & (keys > queries - window)

@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
 from infoprune_export.graph.components import Component, split
-from infoprune_export.graph.storage import save_graph
+from infoprune_export.graph.fusions import fuse_rotary
+from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, save_graph
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, site
 from infoprune_export.recipe import Dtype
 
 OPSET = 23
-SITES_KEY = "infoprune_export.sites"
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -153,11 +153,12 @@ def _simplify(model: ir.Model) -> None:
     passes.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model)
     onnxscript.rewriter.rewrite(model)
+    fuse_rotary(model)
     onnx_fusions.fuse(model)
     passes.RemoveUnusedNodesPass()(model)
     _free_heads(model.graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _merge_integers(model.graph)
+    _merge_constants(model.graph)
     for clean in (
         passes.CommonSubexpressionEliminationPass(),
         passes.IdentityEliminationPass(),
@@ -168,9 +169,6 @@ def _simplify(model: ir.Model) -> None:
         passes.TopologicalSortPass(),
     ):
         clean(model)
-    for node in model.graph:
-        if node.op_type == "RotaryEmbedding":  # implied by the input's shape, and wrong once heads are removed
-            node.attributes.pop("num_heads", None)
 
 
 def _free_heads(graph: ir.Graph) -> None:
@@ -192,12 +190,12 @@ def _free_heads(graph: ir.Graph) -> None:
         node.attributes.pop("allowzero", None)
 
 
-def _merge_integers(graph: ir.Graph) -> None:
-    """Makes one initialiser of equal shape constants, without which equal expressions are not recognised as such."""
+def _merge_constants(graph: ir.Graph) -> None:
+    """Makes one initialiser of equal shapes and scalars, without which equal expressions are not recognised as such."""
     first: dict[tuple, ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         tensor = value.const_value
-        if not tensor.dtype.is_integer():
+        if not tensor.dtype.is_integer() and tensor.size > 1:
             continue
         kept = first.setdefault((tensor.dtype, tuple(tensor.shape), tensor.tobytes()), value)
         if kept is not value:
@@ -208,9 +206,12 @@ def _merge_integers(graph: ir.Graph) -> None:
 def _name_ports(model: ir.Model, ports: Ports) -> None:
     """Names inputs, outputs and their dynamic axes; drops what the tracer noted on its way (files, lines, shapes)."""
     graph = model.graph
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     for node in graph:
         for value in node.outputs:
             value.shape = value.type = None
+            value.metadata_props.clear()
     for values, described in ((graph.inputs, ports.inputs), (graph.outputs, ports.outputs)):
         for value, port in zip(values, described, strict=True):
             value.name = port.name
@@ -224,7 +225,7 @@ def _name_ports(model: ir.Model, ports: Ports) -> None:
 
 
 def _describe_sites(model: ir.Model, anatomy: Anatomy) -> None:
-    """Notes in the metadata which initialisers every site's map is made of, for `rewrite` to find without PyTorch."""
+    """Notes in the metadata which initialisers make up each site's map and the projector, for readers without PyTorch."""
     names = model.graph.initializers
     sites = {}
     for layer in anatomy.layers():
@@ -236,6 +237,9 @@ def _describe_sites(model: ir.Model, anatomy: Anatomy) -> None:
                 sites[site(layer.tower, layer.index, role)] = {"weight": weights, "bias": bias, "transposed": True}
     if sites:
         model.metadata_props[SITES_KEY] = json.dumps(sites)
+    projector = [n for n in (f"{linear.path}.weight" for linear in anatomy.projector) if n in names]
+    if projector:
+        model.metadata_props[PROJECTOR_KEY] = json.dumps(projector)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,22 @@ The same model gives the same bytes: nothing that depends on the clock, the mach
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from infoprune_export import __version__
 
+SITES_KEY = "infoprune_export.sites"
+"""Metadata of a graph: site -> {"weight": initialiser names in data order, "bias": name or null, "transposed": true}.
+
+Transposed weights are [d_in, d_out], the transpose of PyTorch's."""
+PROJECTOR_KEY = "infoprune_export.projector"
+"""Metadata of the vision graph: names of the projector's weights."""
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph's own file."""
 ALIGNMENT = 4096
@@ -69,6 +77,25 @@ def load_graph(path: Path) -> onnx.ModelProto:
         return onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as e:
         raise InputError(f"is not a readable ONNX graph ({e})", where=path, mend="export it again") from None
+
+
+def metadata(model: onnx.ModelProto, key: str, default: Any) -> Any:
+    """A JSON entry of a graph's metadata."""
+    return next((json.loads(p.value) for p in model.metadata_props if p.key == key), default)
+
+
+def set_metadata(model: onnx.ModelProto, kept: Mapping[str, str], entries: Mapping[str, Any]) -> None:
+    """Gives a graph the metadata `kept`, as text, and `entries`, as JSON."""
+    onnx.helper.set_model_props(model, {**kept, **{key: json.dumps(value) for key, value in entries.items()}})
+
+
+def weight_files(model: onnx.ModelProto) -> dict[str, str]:
+    """Initialiser name to the file that holds it, of those outside the graph's own file."""
+    return {
+        t.name: next(e.value for e in t.external_data if e.key == "location")
+        for t in model.graph.initializer
+        if t.data_location == onnx.TensorProto.EXTERNAL
+    }
 
 
 def _append(tensor: ir.TensorProtocol, name: str, data: Path) -> ir.ExternalTensor:

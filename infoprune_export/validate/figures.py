@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from infoprune_export.validate.report import Accuracy, Interval, PartLatency, Report
 
-ABSENT = "–"
+ABSENT = "-"
+WHOSE = {"all": "its", "vision": "its vision tower's", "language": "its language model's"}
+"""Budget scope to whose FLOPs a fraction is of; see `models.flops.DENOMINATORS` for the exact words."""
 PART_NAMES = {"vision": "vision", "prefill": "prefill", "decode": "decode, a token", "end_to_end": "end to end"}
 
 
@@ -44,8 +46,13 @@ def drop(accuracy: Accuracy) -> str:
     """Change of accuracy in points, with its sign: a loss is negative."""
     if accuracy.drop_points is None:
         return ABSENT
-    # Rounded first, so that a hair's loss is not written as -0.0.
-    return f"{round(-accuracy.drop_points, 1) + 0.0:+.1f}"
+    return signed(-accuracy.drop_points)
+
+
+def signed(points: float) -> str:
+    """`+0.4`, `-2.5`, and `0.0` for what rounds to it."""
+    rounded = round(points, 1)
+    return f"{rounded:+.1f}" if rounded else "0.0"
 
 
 def became_time(latency: PartLatency) -> float | None:
@@ -57,3 +64,11 @@ def largest_drop(report: Report) -> tuple[str, Accuracy] | None:
     """The task that lost most, where the original was measured."""
     compared = [(task, a) for task, a in report.accuracy.items() if a.drop_points is not None]
     return max(compared, key=lambda pair: pair[1].drop_points, default=None)
+
+
+def by_reason(report: Report) -> dict[str, list[str]]:
+    """What was not measured, under each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for entry in report.not_measured:
+        reasons.setdefault(entry.reason, []).append(entry.what)
+    return reasons

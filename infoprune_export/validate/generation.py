@@ -3,58 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from infoprune_export.runtime.session import Session
+from infoprune_export.engines.profiles import capacity
+from infoprune_export.recipe import Workload
+from infoprune_export.runtime.session import Session, left_pad
 
 
-def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and attention mask of a batch.
+@dataclass(frozen=True)
+class Limits:
+    """How much an engine takes at a time.
 
-    Args:
-        prompts: Token ids of each prompt, [sequence].
-        pad_id: What fills the left; its embedding is masked out, so any token but an image's will do.
-
-    Returns:
-        input_ids and attention_mask, both [batch, longest] int64.
+    Attributes:
+        batch: Prompts.
+        images: Images.
+        tokens: Prompt and continuation together; None for as many as the model has positions.
     """
-    longest = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), longest), pad_id, np.int64)
-    mask = np.zeros((len(prompts), longest), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
+
+    batch: int = 16
+    images: int = 8
+    tokens: int | None = None
 
 
-def pad_id(image_token_id: int | None) -> int:
-    """A token id for padding that is not the image's."""
-    return 1 if image_token_id == 0 else 0
+AMPLE = Limits()
 
 
-def encode_images(session: Session, pixel_values: np.ndarray, batch: int = 8) -> np.ndarray:
+def limits_of(engine: str, workload: Workload) -> Limits:
+    """Limits of an engine built for a workload: TensorRT's profiles hold just that, ONNX Runtime's graphs any shape."""
+    if engine == "trt":
+        return Limits(workload.batch, max(1, workload.batch * workload.images), capacity(workload))
+    return AMPLE
+
+
+def encode_images(session: Session, pixel_values: np.ndarray, batch: int) -> np.ndarray:
     """Features of every image, [images, tokens, hidden], a few images at a time."""
     return np.concatenate([session.encode_images(pixel_values[i : i + batch]) for i in range(0, len(pixel_values), batch)])
 
 
-def greedy_logits(
-    session: Session, prompts: Sequence[np.ndarray], features: np.ndarray | None, image_token_id: int | None
-) -> Iterator[np.ndarray]:
+def padding_id(image_token_id: int | None) -> int:
+    """A token to pad with: any but the image's, since its embedding is masked out."""
+    return 1 if image_token_id == 0 else 0
+
+
+def greedy_logits(session: Session, prompts: Sequence[np.ndarray], features: np.ndarray | None) -> Iterator[np.ndarray]:
     """Logits of one greedy step after another, without end; the caller decides when to stop.
 
     Args:
         session: The engines.
         prompts: Token ids of each prompt, image tokens repeated.
         features: [images of all prompts in their order, tokens, hidden]; None without images.
-        image_token_id: Token whose embeddings are image features.
 
     Yields:
         [batch, vocab] float32 after the prompt, then after each token of highest logit.
     """
-    ids, mask = left_pad(prompts, pad_id(image_token_id))
+    ids, mask = left_pad(prompts, padding_id(session.config.image_token_id))
     logits, cache = session.prefill(session.embed(ids, features), mask)
     while True:
         logits = np.asarray(logits, np.float32)
@@ -63,25 +67,29 @@ def greedy_logits(
 
 
 def continue_greedily(
-    session: Session,
-    prompts: Sequence[np.ndarray],
-    features: np.ndarray | None,
-    *,
-    image_token_id: int | None,
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
+    session: Session, prompts: Sequence[np.ndarray], features: np.ndarray | None, max_new_tokens: int, eos_ids: Sequence[int]
 ) -> list[np.ndarray]:
     """Greedy continuation of each prompt, cut before its first end-of-sequence token.
+
+    Args:
+        session: The engines; their model's config says how long a sequence may be.
+        prompts: Token ids of each prompt, image tokens repeated.
+        features: [images of all prompts in their order, tokens, hidden]; None without images.
+        max_new_tokens: Where a continuation is cut.
+        eos_ids: Tokens that end one.
 
     Returns:
         Token ids of each continuation, int64 [<= max_new_tokens].
     """
+    limit = session.config.max_positions
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - max(len(p) for p in prompts) + 1)
     rows: list[np.ndarray] = []
     done = np.zeros(len(prompts), bool)
-    for logits in greedy_logits(session, prompts, features, image_token_id):
+    for logits in greedy_logits(session, prompts, features):
         rows.append(logits.argmax(-1))
         done |= np.isin(rows[-1], eos_ids)
-        if done.all() or len(rows) == max_new_tokens:
+        if done.all() or len(rows) >= max_new_tokens:
             break
     return [cut_at(tokens, eos_ids) for tokens in np.stack(rows, axis=1)]
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from infoprune_export.errors import InputError
 from infoprune_export.recipe import Workload
-from infoprune_export.validate.generation import pad_id
-from infoprune_export.validate.report import PARTS, PartLatency, Timing
+from infoprune_export.validate.generation import padding_id
+from infoprune_export.validate.report import PartLatency, Timing
 
 if TYPE_CHECKING:
     from infoprune_export.models.anatomy import Anatomy
@@ -71,7 +71,7 @@ def random_inputs(anatomy: Anatomy, workload: Workload, image_token_id: int | No
         pixels = rng.standard_normal(shape, dtype=np.float32)
     text = rng.integers(0, anatomy.vocab_size, (workload.batch, workload.text_tokens), dtype=np.int64)
     if image_token_id is not None:
-        text[text == image_token_id] = pad_id(image_token_id)
+        text[text == image_token_id] = padding_id(image_token_id)
     images = np.full(workload.images * workload.image_tokens, -1 if image_token_id is None else image_token_id, np.int64)
     return Inputs(pixels, [np.concatenate([row[:1], images, row[1:]]) for row in text])
 
@@ -143,22 +143,20 @@ def part_samples(session: Session, inputs: Inputs, new_tokens: int) -> dict[str,
 
 
 class _DecodeSteps:
-    """Times one decode step per call, starting again from the prompt after the workload's last step."""
+    """Times one decode step per call; after the workload's last step it starts again from the prompt's cache."""
 
     def __init__(self, session: Session, embeds: np.ndarray, mask: np.ndarray, steps: int):
-        self.session, self.embeds, self.mask, self.steps = session, embeds, mask, steps
-        self.left = 0
-        self.tokens: np.ndarray | None = None
-        self.cache: Any = None
+        logits, cache = session.prefill(embeds, mask)
+        self.session, self.start, self.steps = session, (logits.argmax(-1), cache), steps
+        self.now, self.done = self.start, 0
 
     def __call__(self) -> float:
-        if not self.left:
-            logits, self.cache = self.session.prefill(self.embeds, self.mask)
-            self.tokens, self.left = _best(logits), self.steps
+        if self.done == self.steps:
+            self.now, self.done = self.start, 0
         start = time.perf_counter_ns()
-        logits, self.cache = self.session.step(self.tokens, self.cache)
+        logits, cache = self.session.step(*self.now)
         elapsed = (time.perf_counter_ns() - start) / 1e6
-        self.tokens, self.left = _best(logits), self.left - 1
+        self.now, self.done = (logits.argmax(-1), cache), self.done + 1
         return elapsed
 
 
@@ -170,7 +168,7 @@ def measure(
     *,
     seconds: float = 5.0,
     flops_kept: Mapping[str, float | None] | None = None,
-    notify: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, PartLatency]:
     """Times of every part.
 
@@ -181,16 +179,16 @@ def measure(
         new_tokens: Of the workload; the first comes out of the prefill.
         seconds: Measuring time of one part, both sides together.
         flops_kept: Part to the fraction of its FLOPs kept.
-        notify: Gets the name of each part before it is measured.
+        progress: Told how many parts are measured, and of how many.
 
     Returns:
         Part to times.
     """
     sessions = {ORIGINAL: original, COMPRESSED: compressed} if original is not None else {COMPRESSED: compressed}
     samples = {side: part_samples(session, inputs, new_tokens) for side, session in sessions.items()}
-    measured = {}
-    for part in (p for p in PARTS if p in samples[COMPRESSED]):
-        notify(part)
+    measured: dict[str, PartLatency] = {}
+    for part in samples[COMPRESSED]:
+        progress(len(measured), len(samples[COMPRESSED]))
         times = {side: timing(ms) for side, ms in interleave({s: samples[s][part] for s in samples}, seconds=seconds).items()}
         before, after = times.get(ORIGINAL), times[COMPRESSED]
         measured[part] = PartLatency(
@@ -199,7 +197,16 @@ def measure(
             speedup=before.median_ms / after.median_ms if before and after.median_ms else None,
             flops_kept=(flops_kept or {}).get(part),
         )
+    progress(len(measured), len(measured))
     return measured
+
+
+def describe(record: PartLatency) -> str:
+    """One line for a person."""
+    after = f"{record.compressed.median_ms:.2f} ms (p90 {record.compressed.p90_ms:.2f}, n {record.compressed.n})"
+    if record.original is None or record.speedup is None:
+        return after
+    return f"{record.original.median_ms:.2f} to {after}, {record.speedup:.2f}x"
 
 
 def kept_by_part(parts: Mapping[str, Mapping[str, int]]) -> dict[str, float | None]:
@@ -236,7 +243,3 @@ def _timed(run: Callable[[], Any]) -> Sample:
 def _exhaust(steps: Any) -> None:
     for _ in steps:
         pass
-
-
-def _best(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(logits, np.float32).argmax(-1).astype(np.int64)

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infoprune_export.bundle import DECODER, VISION
-from infoprune_export.validate.generation import encode_images, greedy_logits
+from infoprune_export.bundle import DECODER, EMBED, VISION
+from infoprune_export.validate.generation import AMPLE, Limits, encode_images, greedy_logits
+from infoprune_export.validate.reference import text_tokens
 from infoprune_export.validate.report import ComponentNumerics, GenerationNumerics
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ TOLERANCES = {"fp32": Tolerance(1e-4, 0.99999), "fp16": Tolerance(1e-2, 0.999), 
 
 
 def check(
-    session: Session, reference: Reference, *, engine: str, dtype: str, batch: int = 16, notify: Notify = lambda line: None
+    session: Session, reference: Reference, *, engine: str, dtype: str, limits: Limits = AMPLE, notify: Notify = lambda line: None
 ) -> dict[str, ComponentNumerics | GenerationNumerics]:
     """Holds every component of one engine, and its greedy continuations, against the reference.
 
@@ -55,23 +56,28 @@ def check(
         reference: Inputs and outputs of that network in PyTorch fp32.
         engine: Name of the engine, for the record.
         dtype: Type of its graphs: `fp32`, `fp16`, `bf16`.
-        batch: Prompts generated at a time.
+        limits: Of the engine; prompts that do not fit are left out and not counted.
         notify: Gets a line per check, such as `PASSED | vision_encoder (ort, fp32) | max |diff| 2.1e-06 ...`.
 
     Returns:
-        `vision_encoder`, `decoder_model_merged` and `generation` to their records.
+        `vision_encoder`, `embed_tokens`, `decoder_model_merged` and `generation` to their records.
     """
-    features = encode_images(session, reference.pixel_values) if len(reference.pixel_values) else None
+    features = encode_images(session, reference.pixel_values, limits.images) if len(reference.pixel_values) else None
     records: dict[str, ComponentNumerics | GenerationNumerics] = {}
     if features is not None:
         records[VISION] = compare(VISION, features[: len(reference.image_features)], reference.image_features, engine, dtype)
         notify(describe(VISION, records[VISION]))
-    rows = range(len(reference.logits))
+    known = text_tokens(reference.prompts[: len(reference.logits)], reference.image_token_id)
+    # A few at a time: an engine built for short prompts takes no more tokens than those have.
+    embeds = np.concatenate([session.embed(known[None, i : i + 32])[0] for i in range(0, len(known), 32)])
+    records[EMBED] = compare(EMBED, embeds, reference.inputs_embeds, engine, dtype)
+    notify(describe(EMBED, records[EMBED]))
+    rows = [i for i in range(len(reference.logits)) if limits.tokens is None or len(reference.prompts[i].input_ids) <= limits.tokens]
     # One prompt at a time here, batches below: a fault of the padding shows in one and not in the other.
     logits = [next(_steps(session, reference, [row], features))[0] for row in rows]
-    records[DECODER] = compare(DECODER, np.stack(logits), reference.logits, engine, dtype)
+    records[DECODER] = compare(DECODER, np.array(logits), reference.logits[rows], engine, dtype)
     notify(describe(DECODER, records[DECODER]))
-    records["generation"] = compare_generation(session, reference, features, engine=engine, dtype=dtype, batch=batch)
+    records["generation"] = compare_generation(session, reference, features, engine=engine, dtype=dtype, limits=limits)
     notify(describe("generation", records["generation"]))
     return records
 
@@ -111,14 +117,16 @@ def compare(component: str, actual: np.ndarray, expected: np.ndarray, engine: st
 
 
 def compare_generation(
-    session: Session, reference: Reference, features: np.ndarray | None, *, engine: str, dtype: str, batch: int = 16
+    session: Session, reference: Reference, features: np.ndarray | None, *, engine: str, dtype: str, limits: Limits = AMPLE
 ) -> GenerationNumerics:
     """Greedy continuations against the reference's, by the rule at the top of this module."""
-    order = sorted(range(len(reference.prompts)), key=lambda i: len(reference.prompts[i].input_ids))
+    lengths = {i: len(prompt.input_ids) for i, prompt in enumerate(reference.prompts)}
+    fitting = [i for i, n in lengths.items() if limits.tokens is None or n + reference.max_new_tokens <= limits.tokens]
+    order = sorted(fitting, key=lengths.__getitem__)
     identical = ties = 0
     faults: list[str] = []
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
+    for start in range(0, len(order), limits.batch):
+        rows = order[start : start + limits.batch]
         for row, parted in zip(rows, _where_parted(session, reference, rows, features), strict=True):
             if parted is None:
                 identical += 1
@@ -126,7 +134,10 @@ def compare_generation(
                 ties += 1
             else:
                 faults.append(f"prompt {row} {parted}")
-    message = f"generation ({engine}, {dtype}): {faults[0]}" + (f" (and {len(faults) - 1} more prompts)" if faults[1:] else "") if faults else None
+    message = None if order else f"generation ({engine}, {dtype}): the reference holds no prompt that fits the engine"
+    if faults:
+        more = f" (and {len(faults) - 1} more prompts)" if faults[1:] else ""
+        message = f"generation ({engine}, {dtype}): {faults[0]}{more}"
     return GenerationNumerics(
         engine=engine,
         dtype=dtype,
@@ -134,7 +145,7 @@ def compare_generation(
         identical_token_ids=identical,
         near_ties=ties,
         passed=bool(order) and not faults,
-        message=message if order else "the reference holds no prompts",
+        message=message,
     )
 
 
@@ -178,7 +189,7 @@ def _steps(session: Session, reference: Reference, rows: Sequence[int], features
     prompts = [reference.prompts[row] for row in rows]
     images = [p.image for p in prompts if p.image is not None]
     chosen = features[images] if features is not None and images else None
-    return greedy_logits(session, [p.input_ids for p in prompts], chosen, reference.image_token_id)
+    return greedy_logits(session, [p.input_ids for p in prompts], chosen)
 
 
 def _smallest_cosine(actual: np.ndarray, expected: np.ndarray) -> float:

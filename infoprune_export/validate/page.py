@@ -64,6 +64,11 @@ class TowerPicture:
         return any(len(group) > 1 for row in self.heads for group in row.groups)
 
     @property
+    def cell(self) -> int:
+        """Side of a head's cell: 12 for the 32 heads of a large model, up to 20 for a small one's."""
+        return max(12, min(20, 300 // max(row.total for row in self.heads)))
+
+    @property
     def heads_kept(self) -> tuple[int, int]:
         return sum(r.kept for r in self.heads), sum(r.total for r in self.heads)
 
@@ -107,19 +112,26 @@ def report_page(report: Report, plan: Plan | None = None) -> str:
         "fraction": figures.fraction,
         "times": figures.times,
         "interval": figures.interval,
-        "drop": figures.drop,
+        "drop": lambda accuracy: _typeset(figures.drop(accuracy)),
+        "signed": lambda points: _typeset(figures.signed(points)),
         "became_time": figures.became_time,
         "significant": figures.significant,
     }
     return environment.get_template("report.html.j2").render(
         report=report,
+        whose=figures.WHOSE[report.flops.scope],
         towers=pictures(plan) if plan else [],
         components={k: r for k, r in report.numerics.items() if not isinstance(r, GenerationNumerics)},
         generations={k: r for k, r in report.numerics.items() if isinstance(r, GenerationNumerics)},
         largest_drop=figures.largest_drop(report),
+        not_measured=figures.by_reason(report),
         part_names=figures.PART_NAMES,
         machine=_flat(report.machine),
     )
+
+
+def _typeset(figure: str) -> str:
+    return figure.replace("-", "\N{MINUS SIGN}")
 
 
 def _heads(layer: Layer, plan: Plan) -> HeadRow:

@@ -4,6 +4,7 @@
 
     pixel_values        [images, channels, height, width] float32
     image_features      [first images, tokens, hidden] float32, of the first few images
+    inputs_embeds       [tokens, hidden] float32, of the distinct text tokens of the first few prompts, ascending
     input_ids           all prompts end to end, int64; an image's token is repeated once per image feature
     input_offsets       [prompts + 1] int64: prompt p is input_ids[input_offsets[p]:input_offsets[p + 1]]
     images              [prompts] int64: row of pixel_values, -1 for a prompt without an image
@@ -30,6 +31,7 @@ METADATA_KEY = "infoprune_export.reference"
 TENSORS = (
     "pixel_values",
     "image_features",
+    "inputs_embeds",
     "input_ids",
     "input_offsets",
     "images",
@@ -57,6 +59,7 @@ class Reference:
             end-of-sequence token where one was produced.
         pixel_values: [images, channels, height, width] float32.
         image_features: [M, tokens, hidden] float32, of the first M images.
+        inputs_embeds: [tokens, hidden] float32, of `text_tokens(prompts[:K], image_token_id)`.
         logits: [K, vocab] float32, after the last token of the first K prompts.
         image_token_id: Token whose embeddings are replaced by image features.
         eos_token_ids: Tokens that end a continuation.
@@ -67,6 +70,7 @@ class Reference:
     generated: tuple[np.ndarray, ...]
     pixel_values: np.ndarray
     image_features: np.ndarray
+    inputs_embeds: np.ndarray
     logits: np.ndarray
     image_token_id: int
     eos_token_ids: tuple[int, ...]
@@ -81,6 +85,7 @@ class Reference:
         tensors = {
             "pixel_values": self.pixel_values,
             "image_features": self.image_features,
+            "inputs_embeds": self.inputs_embeds,
             "input_ids": input_ids,
             "input_offsets": input_offsets,
             "images": np.array([-1 if p.image is None else p.image for p in self.prompts], np.int64),
@@ -116,6 +121,7 @@ def read_reference(path: Path) -> Reference:
             generated=_split(tensors["generated_ids"], tensors["generated_offsets"]),
             pixel_values=tensors["pixel_values"],
             image_features=tensors["image_features"],
+            inputs_embeds=tensors["inputs_embeds"],
             logits=tensors["logits"],
             image_token_id=int(described["image_token_id"]),
             eos_token_ids=tuple(int(i) for i in described["eos_token_ids"]),
@@ -123,6 +129,11 @@ def read_reference(path: Path) -> Reference:
         )
     except (OSError, SafetensorError, KeyError, ValueError) as e:
         raise InputError(f"is not a readable reference ({e})", where=path, mend="make the bundle again") from None
+
+
+def text_tokens(prompts: Sequence[ReferencePrompt], image_token_id: int) -> np.ndarray:
+    """Distinct tokens of prompts but the image's, ascending, int64: those whose embeddings are recorded."""
+    return np.setdiff1d(np.concatenate([p.input_ids for p in prompts]), [image_token_id]).astype(np.int64)
 
 
 def _flatten(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -143,7 +143,7 @@ Questions are lower case, in the forms of the data sets below. An answer ends wi
 
 * **vqa**: the [easy-VQA](https://github.com/vzhou842/easy-VQA) package 1.0 (MIT), official train split, less
   200 images held out for validation. Flips and turns as augmentation.
-* **text**: words of 3 to 5 capitals in 14 free fonts (DejaVu, STIX, Computer Modern, as shipped with matplotlib),
+* **text**: words of 3 to 5 capitals in seven free fonts (DejaVu, STIX; as shipped with matplotlib) on five lines,
   sizes, colours and places. Half of the training images show common English words, half invented strings.
 * **gqa**: rendered scenes of 2 to 4 shapes (8 colours, 4 shapes, 2 sizes). Questions about attributes,
   existence, counts and relations; most take two steps. Answers are balanced.

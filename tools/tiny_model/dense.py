@@ -8,6 +8,16 @@ from torch import nn
 from tiny_data.sample import HEADS, IGNORE
 
 
+# What needs fine detail is learnt last and counts most; what lies to each side
+# follows from the rest.
+_WEIGHTS = {"letter": 4.0, "shape": 3.0}
+_SIDE_WEIGHT = 0.3
+
+
+def _weight(head: str) -> float:
+    return _SIDE_WEIGHT if " " in head else _WEIGHTS.get(head, 1.0)
+
+
 class DenseHeads(nn.Module):
     """One linear classifier per column of the per-patch labels."""
 
@@ -32,7 +42,7 @@ class DenseHeads(nn.Module):
             shown = target > 0 if name in ("letter", "shape") else torch.ones_like(target, dtype=torch.bool)
             for part in (shown, ~shown):
                 if part.any():
-                    loss = loss + 0.5 * each[part].mean()
+                    loss = loss + 0.5 * _weight(name) * each[part].mean()
             if shown.any():
                 hit = (picked.argmax(-1) == target)[shown]
                 accuracy[name] = hit.float().mean().item()

@@ -1,0 +1,172 @@
+"""Running TensorRT engines: deserialise, move arrays to the device and back. Needs a GPU and its driver, and nothing else of CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infoprune_export.engines import cuda
+from infoprune_export.engines.base import Engine, TensorSpec
+from infoprune_export.engines.flavours import EXTRAS, Flavour, installed
+from infoprune_export.errors import InputError, MissingRequirement
+
+
+def find_engine(engines: Path, component: str) -> Path:
+    """The engine file of a component that fits the first GPU of this machine.
+
+    Args:
+        engines: The directory `engines/trt` of a bundle.
+        component: Such as `vision_encoder`.
+
+    Raises:
+        MissingRequirement: no driver here, or no engine for this GPU and an installed flavour.
+    """
+    _require_driver()
+    gpu = cuda.gpus()[0]
+    for flavour in installed():
+        file = engines / flavour.name / gpu.arch / f"{component}.engine"
+        if file.is_file():
+            return file
+    raise MissingRequirement(
+        f"there is no {component} engine for this GPU ({gpu.name}, {gpu.arch})",
+        where=engines,
+        mend="infoprune-export build DIR --target trt",
+    )
+
+
+def load_engine(path: Path) -> TensorRTEngine:
+    """Loads an engine file onto the first GPU.
+
+    Args:
+        path: `.../<flavour>/<arch>/<component>.engine`.
+
+    Raises:
+        MissingRequirement: no driver, or the engine's flavour is not installed.
+        InputError: a file that TensorRT does not take on this GPU.
+    """
+    _require_driver()
+    name = path.parent.parent.name
+    flavour = next((f for f in installed() if f.name == name), None)
+    if flavour is None:
+        raise MissingRequirement(
+            f"it needs the flavour {name}, which is not installed",
+            where=path,
+            mend=f"pip install 'infoprune-export[{EXTRAS.get(name, 'trt')}]'",
+        )
+    return TensorRTEngine(path, flavour, cuda.driver())
+
+
+def _require_driver() -> None:
+    if not cuda.gpus():
+        raise MissingRequirement("no NVIDIA driver here, and TensorRT engines run on a GPU only", mend="run this on the target")
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """An output that stayed on the device, to be fed again."""
+
+    shape: tuple[int, ...]
+    buffer: cuda.Buffer
+
+
+class TensorRTEngine(Engine):
+    """A deserialised engine with device memory that grows to the largest shapes seen."""
+
+    def __init__(self, path: Path, flavour: Flavour, driver: cuda.Driver):
+        self._path, trt = path, flavour.module
+        driver.enter()
+        self._stream = cuda.Stream(driver)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise InputError(
+                f"{flavour.name} {flavour.version} does not take this engine on this GPU",
+                where=path,
+                mend="build it here: infoprune-export build DIR --target trt",
+            )
+        self._driver = driver
+        self._context = self._engine.create_execution_context()
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        specs = {name: self._spec(name, trt) for name in names}
+        self.inputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
+        self.outputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
+        self._buffers = {name: cuda.Buffer(driver) for name in names}
+        self._profile: int | None = None
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Runs the component once; see `Engine.run`.
+
+        Raises:
+            InputError: an input is missing, or no profile of the engine covers the shapes.
+        """
+        return self._run(feeds, [spec.name for spec in self.outputs] if outputs is None else outputs, ())
+
+    def run_on_device(self, feeds: Mapping[str, Any], stay: Collection[str]) -> dict[str, Any]:
+        """Runs the component once; outputs in `stay` are `DeviceArray`s."""
+        return self._run(feeds, [spec.name for spec in self.outputs], stay)
+
+    def _run(self, feeds: Mapping[str, Any], wanted: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
+        missing = [spec.name for spec in self.inputs if spec.name not in feeds]
+        if missing:
+            raise InputError(f"input {missing[0]!r} is missing", where=self._path)
+        arrays = {spec.name: _contiguous(feeds[spec.name], spec.dtype) for spec in self.inputs}
+        self._select_profile({name: array.shape for name, array in arrays.items()})
+        for name, array in arrays.items():
+            self._context.set_input_shape(name, array.shape)
+            self._context.set_tensor_address(name, self._on_device(name, array).address)
+        results: dict[str, Any] = {}
+        for spec in self.outputs:
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            host = np.empty(shape, spec.dtype)
+            buffer = cuda.Buffer(self._driver) if spec.name in stay else self._buffers[spec.name]
+            buffer.reserve(host.nbytes)
+            self._context.set_tensor_address(spec.name, buffer.address)
+            results[spec.name] = DeviceArray(shape, buffer) if spec.name in stay else host
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise InputError("TensorRT could not run it; its message is above", where=self._path)
+        for name in wanted:
+            if name not in stay:
+                self._buffers[name].download(results[name], self._stream)
+        self._stream.wait()
+        return {name: results[name] for name in wanted}
+
+    def _on_device(self, name: str, array: np.ndarray | DeviceArray) -> cuda.Buffer:
+        if isinstance(array, DeviceArray):
+            return array.buffer
+        self._buffers[name].upload(array, self._stream)
+        return self._buffers[name]
+
+    def _spec(self, name: str, trt) -> TensorSpec:
+        dtype = self._engine.get_tensor_dtype(name)
+        if dtype == trt.bfloat16:
+            import ml_dtypes
+
+            numpy_type = np.dtype(ml_dtypes.bfloat16)
+        else:
+            numpy_type = np.dtype(trt.nptype(dtype))
+        return TensorSpec(name, numpy_type, tuple(None if size < 0 else size for size in self._engine.get_tensor_shape(name)))
+
+    def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Switches to the narrowest profile that covers all shapes: the last one, for decode comes after prefill."""
+        for index in reversed(range(self._engine.num_optimization_profiles)):
+            if all(self._covers(index, name, shape) for name, shape in shapes.items()):
+                if index != self._profile:
+                    self._context.set_optimization_profile_async(index, self._stream.handle)
+                    self._profile = index
+                return
+        sizes = ", ".join(
+            f"{name} {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_key_values.") or ".0." in name
+        )
+        raise InputError(f"was not built for these shapes: {sizes}", where=self._path, mend="build it for a larger workload")
+
+    def _covers(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
+        return len(shape) == len(least) and all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+
+def _contiguous(array: Any, dtype: np.dtype) -> np.ndarray | DeviceArray:
+    return array if isinstance(array, DeviceArray) else np.ascontiguousarray(array, dtype)

@@ -1,0 +1,65 @@
+"""Images and a prompt in, text out, as it is made: what the `generate` verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from infoprune_export.bundle import Bundle
+from infoprune_export.data.images import ImageRef
+from infoprune_export.recipe import Dtype
+from infoprune_export.runtime.images import ImageProcessor
+from infoprune_export.runtime.prompts import Prompts
+from infoprune_export.runtime.session import EngineName, Session
+
+
+def generate(
+    bundle_dir: Path,
+    images: Sequence[Path],
+    prompt: str,
+    *,
+    engine: EngineName = "ort",
+    dtype: Dtype | None = None,
+    max_new_tokens: int = 64,
+    original: bool = False,
+    threads: int | None = None,
+    raw: bool = False,
+) -> Iterator[str]:
+    """Answers a prompt about images, piece by piece.
+
+    Args:
+        bundle_dir: A bundle.
+        images: Image files, in the order of the prompt's image tokens; may be none.
+        prompt: The question. Where it has no image token, the images go before it.
+        engine: What runs the model.
+        dtype: Which of the bundle's types; its first when None.
+        max_new_tokens: Most tokens to make.
+        original: Ask the uncompressed model that was kept for comparison.
+        threads: CPU threads; all cores when None.
+        raw: Take the prompt as it is, without the model's template.
+
+    Returns:
+        Pieces of the answer; the work of each is done when it is asked for.
+
+    Raises:
+        InputError: a bundle, image or prompt that cannot be used; before the first piece.
+        MissingRequirement: this machine lacks what the engine needs.
+    """
+    bundle = Bundle.open(bundle_dir)
+    prompts = Prompts.from_directory(bundle.path, bundle.manifest.recipe.prompt)
+    ids = prompts.encode(prompt, images=len(images), raw=raw)
+    pictures = [ImageRef(Path(path)).open() for path in images]
+    pixels = ImageProcessor.from_directory(bundle.path)(pictures) if pictures else None
+    session = Session.open(bundle, engine=engine, dtype=dtype or bundle.manifest.dtypes[0], original=original, threads=threads)
+
+    def pieces() -> Iterator[str]:
+        stream = prompts.stream()
+        for (token,) in session.generate([ids], pixels, max_new_tokens, prompts.eos_ids):
+            if token in prompts.eos_ids:
+                break
+            if piece := stream.push(int(token)):
+                yield piece
+        if rest := stream.finish():
+            yield rest
+
+    return pieces()

@@ -1,0 +1,217 @@
+"""The three components of a bundle as one model: images and token ids in, logits and tokens out.
+
+    session = Session.open(bundle)
+    features = session.encode_images(pixel_values)
+    logits, cache = session.prefill(session.embed(input_ids, features), attention_mask)
+    logits, cache = session.step(logits.argmax(-1), cache)
+
+`generate` does this for a batch. Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from infoprune_export.bundle import COMPONENTS, Bundle, graph_file
+from infoprune_export.engines import load_engine
+from infoprune_export.engines.base import Engine
+from infoprune_export.errors import InputError
+from infoprune_export.recipe import Dtype
+from infoprune_export.runtime.config import ModelConfig
+
+EngineName = Literal["onnx", "ort", "trt"]
+PAST, PRESENT = "past_key_values.", "present."
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far, as the decoder's engine holds them.
+
+    Attributes:
+        past: Decoder input name to array.
+        attention_mask: [batch, tokens so far] int64, 0 where padded.
+    """
+
+    past: dict[str, Any]
+    attention_mask: np.ndarray
+
+
+class Session:
+    """A vision-language model that runs on engines."""
+
+    def __init__(self, engines: dict[str, Engine], config: ModelConfig):
+        """
+        Args:
+            engines: Component name to engine.
+            config: Of the model.
+        """
+        self.engines, self.config = engines, config
+        self._vision, self._embed, self._decoder = (engines[c] for c in COMPONENTS)
+        self._past = {x.name: x for x in self._decoder.inputs if x.name.startswith(PAST)}
+        self._stay = [PRESENT + name.removeprefix(PAST) for name in self._past]
+
+    @classmethod
+    def open(
+        cls, bundle: Bundle, *, engine: EngineName = "ort", dtype: Dtype = "fp32", original: bool = False, threads: int | None = None
+    ) -> Session:
+        """Opens a bundle's network.
+
+        Args:
+            bundle: The bundle.
+            engine: `onnx` for its portable graphs, `ort` and `trt` for the engines built from them.
+            dtype: Which of its types.
+            original: The uncompressed network that was kept for comparison.
+            threads: CPU threads; all cores when None.
+
+        Raises:
+            InputError: the bundle does not hold this network, type or engine.
+            MissingRequirement: this machine lacks what the engine needs.
+        """
+        if original and not bundle.has_original:
+            raise InputError("does not hold the original network", where=bundle.path, mend="make the bundle with --original")
+        files = {component: _file(bundle, component, engine, dtype, original) for component in COMPONENTS}
+        engines = {component: load_engine(engine, file, threads) for component, file in files.items()}
+        return cls(engines, ModelConfig.from_directory(bundle.path))
+
+    def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:
+        """Features of images in the language model's space.
+
+        Args:
+            pixel_values: [images, channels, height, width], any float type.
+
+        Returns:
+            [images, tokens, hidden] in the graph's type.
+        """
+        (spec,) = self._vision.inputs
+        (name,) = (x.name for x in self._vision.outputs[:1])
+        return self._vision.run({spec.name: pixel_values.astype(spec.dtype, copy=False)}, [name])[name]
+
+    def embed(self, input_ids: np.ndarray, image_features: np.ndarray | None = None) -> np.ndarray:
+        """Embeds tokens and puts image features in the places of image tokens, in order.
+
+        Args:
+            input_ids: [batch, sequence] int64.
+            image_features: [images of all rows, tokens, hidden]; None without images.
+
+        Returns:
+            [batch, sequence, hidden] in the graph's type.
+
+        Raises:
+            InputError: the image tokens are not as many as the features.
+        """
+        (spec,), (out,) = self._embed.inputs, self._embed.outputs
+        embeds = self._embed.run({spec.name: input_ids.astype(spec.dtype, copy=False)})[out.name]
+        places = np.zeros(input_ids.shape, bool) if self.config.image_token_id is None else input_ids == self.config.image_token_id
+        per_image = 1 if image_features is None else image_features.shape[1]
+        expected = 0 if image_features is None else len(image_features) * per_image
+        if places.sum() != expected or (places.sum(-1) % per_image).any():
+            raise InputError(
+                f"the prompt has {places.sum()} image tokens, the images need {expected} ({expected // per_image} x {per_image})",
+                mend="give one image token per image feature, or use Prompts.encode, which repeats them",
+            )
+        if image_features is not None:
+            embeds[places] = image_features.reshape(expected, -1).astype(embeds.dtype, copy=False)
+        return embeds
+
+    def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray) -> tuple[np.ndarray, Cache]:
+        """Reads whole prompts.
+
+        Args:
+            inputs_embeds: [batch, sequence, hidden], padded on the left.
+            attention_mask: [batch, sequence], 0 where padded.
+
+        Returns:
+            Logits [batch, vocab] float32 after the last token, and the cache.
+        """
+        batch = len(inputs_embeds)
+        past = {name: np.zeros((batch, x.shape[1], 0, x.shape[3]), x.dtype) for name, x in self._past.items()}
+        positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)
+        return self._decode(inputs_embeds, attention_mask, positions, past)
+
+    def step(self, token_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Reads one more token of every row.
+
+        Args:
+            token_ids: [batch].
+            cache: Of the tokens before; it stays as it is.
+
+        Returns:
+            Logits [batch, vocab] float32, and the longer cache.
+        """
+        mask = np.pad(cache.attention_mask, ((0, 0), (0, 1)), constant_values=1)
+        return self._decode(self.embed(token_ids[:, None]), mask, mask.sum(-1, keepdims=True) - 1, cache.past)
+
+    def _decode(
+        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, past: dict[str, Any]
+    ) -> tuple[np.ndarray, Cache]:
+        feeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        types = {x.name: x.dtype for x in self._decoder.inputs}
+        feeds = {name: x.astype(types[name], copy=False) for name, x in feeds.items()}
+        results = self._decoder.run_on_device({**feeds, **past}, self._stay)
+        present = {PAST + name.removeprefix(PRESENT): results[name] for name in self._stay}
+        return results["logits"][:, -1].astype(np.float32), Cache(present, attention_mask)
+
+    def generate(
+        self,
+        input_ids: Sequence[np.ndarray],
+        pixel_values: np.ndarray | None,
+        max_new_tokens: int,
+        eos_ids: Sequence[int] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Continues a batch of prompts greedily.
+
+        Args:
+            input_ids: Token ids of each prompt, [sequence], image tokens repeated.
+            pixel_values: [images of all prompts in their order, channels, height, width]; None without images.
+            max_new_tokens: Most tokens to make; fewer where the model's positions run out.
+            eos_ids: Tokens that end a row; the model's own when None, none at all when empty.
+
+        Yields:
+            [batch] int64, the next token of every row. A finished row repeats its end token; it stops when all are finished.
+        """
+        ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
+        ids, mask = left_pad(input_ids, 1 if self.config.image_token_id == 0 else 0)
+        self.config.check_length(ids.shape[1])
+        if self.config.max_positions is not None:
+            max_new_tokens = min(max_new_tokens, self.config.max_positions - ids.shape[1] + 1)  # the last is never read
+        features = None if pixel_values is None else self.encode_images(pixel_values)
+        logits, cache = self.prefill(self.embed(ids, features), mask)
+        tokens = logits.argmax(-1)
+        for _ in range(max_new_tokens - 1):
+            yield tokens
+            finished = np.isin(tokens, ends)
+            if finished.all():
+                return
+            logits, cache = self.step(tokens, cache)
+            tokens = np.where(finished, tokens, logits.argmax(-1))
+        yield tokens
+
+
+def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask of a batch, both [batch, longest] int64."""
+    longest = max(len(p) for p in prompts)
+    ids = np.stack([np.pad(p, (longest - len(p), 0), constant_values=pad_id) for p in prompts]).astype(np.int64)
+    mask = np.stack([np.pad(np.ones(len(p), np.int64), (longest - len(p), 0)) for p in prompts])
+    return ids, mask
+
+
+def _file(bundle: Bundle, component: str, engine: EngineName, dtype: Dtype, original: bool) -> Path:
+    """The graph or engine file of one component."""
+    if engine == "trt":
+        from infoprune_export.engines.tensorrt_run import find_engine
+
+        return find_engine(bundle.engines("trt", original), component)
+    if engine == "onnx":
+        path = bundle.graph(component, dtype, original)
+        mend = f"make the bundle with --dtype {dtype}"
+    else:
+        path = bundle.engines(engine, original) / graph_file(component, dtype)
+        mend = f"build it: infoprune-export build {bundle.path} --target {engine}"
+    if not path.is_file():
+        raise InputError(f"has no {component} for {engine} in {dtype}", where=bundle.path, mend=mend)
+    return path

@@ -1,0 +1,88 @@
+"""What the terminal shows of a report, within 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from infoprune_export.validate import figures
+from infoprune_export.validate.report import PartLatency, Report
+
+
+def summary_table(report: Report) -> RenderableType:
+    """What was asked and reached, beside the original: the end of the main job."""
+    table = _table("", "original", "compressed", "change")
+    flops = report.flops
+    table.add_row("FLOPs a request", figures.si(flops.original, "FLOP"), figures.si(flops.compressed, "FLOP"), _kept(flops.achieved))
+    size = report.size
+    table.add_row(
+        "graphs and weights",
+        figures.si(size.original_bytes, "B") if size.original_bytes else figures.ABSENT,
+        figures.si(size.compressed_bytes, "B"),
+        _kept(size.compressed_bytes / size.original_bytes) if size.original_bytes else figures.ABSENT,
+    )
+    for task, a in report.accuracy.items():
+        change = f"{figures.drop(a)} points" if a.drop_points is not None else figures.ABSENT
+        table.add_row(f"{escape(task)} accuracy", figures.fraction(a.original), figures.fraction(a.compressed), change)
+    for engine, parts in report.latency.items():
+        for part, latency in parts.items():
+            before = figures.milliseconds(latency.original.median_ms) if latency.original else figures.ABSENT
+            name = f"{escape(engine)} {figures.PART_NAMES.get(part, escape(part))}"
+            table.add_row(name, before, figures.milliseconds(latency.compressed.median_ms), figures.times(latency.speedup))
+    asked = f"asked for at most {figures.fraction(flops.requested)} of the FLOPs" if flops.requested < 1 else "exported whole"
+    head = Text.assemble((report.name, "bold"), f": {asked}, kept {flops.achieved:.4f}")
+    of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
+    return Group(head, of, table, *_verdicts(report), *_missing(report))
+
+
+def latency_table(report: Report) -> RenderableType:
+    """Order statistics of every part, as the `bench` verb prints them: milliseconds, or seconds where some take ten."""
+    groups: list[RenderableType] = []
+    for engine, parts in report.latency.items():
+        timings = [t for record in parts.values() for t in (record.original, record.compressed) if t is not None]
+        unit, scale = ("s", 1e-3) if any(t.max_ms >= 10_000 for t in timings) else ("ms", 1.0)
+        table = _table(f"{escape(engine)}, {unit}", "", "median", "p90", "p99", "mean", "min", "max", "n", gap=1)
+        table.columns[1].justify = "left"
+        for part, record in parts.items():
+            names = [figures.PART_NAMES.get(part, escape(part)), _gain(record)]
+            for side, t in (("original", record.original), ("compressed", record.compressed)):
+                if t is not None:
+                    values = (t.median_ms, t.p90_ms, t.p99_ms, t.mean_ms, t.min_ms, t.max_ms)
+                    table.add_row(names.pop(0), side, *(figures.significant(scale * v) for v in values), str(t.n))
+        groups.append(table)
+    return Group(*groups, Text(str(report.workload), style="dim"), *_missing(report))
+
+
+def _gain(record: PartLatency) -> str:
+    """Speed-up, beside what it would be if time fell as the part's FLOPs did."""
+    if record.speedup is None:
+        return ""
+    ideal = f" [dim](ideal {figures.times(1 / record.flops_kept)})[/]" if record.flops_kept else ""
+    return f" [bold]{figures.times(record.speedup)}[/]{ideal}"
+
+
+def _table(first: str, *columns: str, gap: int = 2) -> Table:
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(first, no_wrap=True, overflow="ellipsis", min_width=12)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _kept(value: float) -> str:
+    return f"{value:.3f} kept"
+
+
+def _verdicts(report: Report) -> list[Text]:
+    lines = []
+    for name, gate in report.gates.items():
+        verdict = ("passed", "bold green") if gate.passed else ("FAILED", "bold red")
+        lines.append(Text.assemble(verdict, f"  {name.replace('_', ' ')}: {gate.measured} (required: {gate.required})"))
+    failures = [record.message for record in report.numerics.values() if record.message]
+    return lines + [Text(f"        {message}", style="red") for message in failures]
+
+
+def _missing(report: Report) -> list[Text]:
+    return [Text(f"not measured: {', '.join(whats)} ({reason})", style="dim") for reason, whats in figures.by_reason(report).items()]

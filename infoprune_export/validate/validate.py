@@ -1,0 +1,261 @@
+"""What a bundle is worth on this machine: the order of the checks, and what is said where one cannot be made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+
+from infoprune_export.bundle import COMPONENTS, Bundle
+from infoprune_export.engines.cuda import gpus
+from infoprune_export.engines.machine import machine_report
+from infoprune_export.errors import InfoPruneError, InputError, MissingRequirement
+from infoprune_export.recipe import DataSource, Dtype, Workload
+from infoprune_export.runtime.config import ModelConfig
+from infoprune_export.runtime.session import EngineName, Session
+from infoprune_export.validate import accuracy, latency, numerics, tasks
+from infoprune_export.validate.baseline import Baseline, find_baseline
+from infoprune_export.validate.generation import limits_of
+from infoprune_export.validate.reference import read_reference
+from infoprune_export.validate.report import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Report, Size, judge
+
+Notify = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+"""Told what is under way, how much of it is done, and of how much."""
+
+
+def validate_bundle(
+    bundle: Bundle,
+    *,
+    engines: Sequence[EngineName] | None = None,
+    evaluation: Mapping[str, DataSource] | None = None,
+    workload: Workload | None = None,
+    original: Bundle | None = None,
+    threads: int | None = None,
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
+    seconds: float = 5.0,
+    notify: Notify = lambda line: None,
+    progress: Progress = lambda what, done, total: None,
+) -> Report:
+    """Measures a bundle on this machine, beside the original where that is at hand.
+
+    Args:
+        bundle: With its graphs, plan and reference; its hashes are not looked at.
+        engines: What to check; the portable graphs and the bundle's targets when None. Accuracy goes through
+            the first that runs here, a built one before the portable graphs.
+        evaluation: Task name to data; the recipe's when None.
+        workload: Shapes to time; the bundle's when None.
+        original: The original in a bundle of its own (`--flops 1`), where this bundle does not hold it.
+        threads: CPU threads; all cores when None.
+        max_drop: Gate: largest loss of accuracy on any task, in points.
+        min_speedup: Gate: smallest end-to-end speed-up on any engine.
+        seconds: Measuring time of each part's latency, original and compressed together.
+        notify: Gets a line for every check made or left out.
+        progress: Told of questions answered and parts timed.
+
+    Returns:
+        The report with its gates; `Report.write` puts it into a directory.
+
+    Raises:
+        InputError: a bundle without a reference, an `original` of another model, a workload that is not the
+            model's, or an engine asked for by name that the bundle does not hold.
+        MissingRequirement: this machine cannot run an engine asked for by name.
+    """
+    manifest = bundle.manifest
+    run = Run(bundle, find_baseline(bundle, original), threads, notify, progress)
+    inputs = run.inputs(workload or manifest.workload)
+    runnable = run.check_numerics(engines)
+    preferred = run.preferred(runnable)
+    run.measure_accuracy(preferred, manifest.recipe.evaluation if evaluation is None else evaluation)
+    run.measure_latency(preferred, inputs, workload or manifest.workload, seconds)
+    run.describe_machine()
+    run.report.gates = judge(run.report, max_drop, min_speedup)
+    return run.report
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running a bundle that works here."""
+
+    engine: EngineName
+    dtype: Dtype
+
+
+class Run:
+    """One validation: the report as it fills, and what every check needs."""
+
+    def __init__(self, bundle: Bundle, baseline: Baseline | None, threads: int | None, notify: Notify, progress: Progress):
+        self.bundle, self.baseline, self.threads, self.notify, self.progress = bundle, baseline, threads, notify, progress
+        manifest = bundle.manifest
+        dtype = manifest.dtypes[0]
+        self.report = Report(
+            tool=manifest.tool,
+            name=manifest.recipe.name,
+            source=manifest.source,
+            random_weights=manifest.random_weights,
+            measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            workload=manifest.workload,
+            flops=manifest.flops,
+            size=Size(
+                original_bytes=_graph_bytes(baseline.bundle, dtype, baseline.inside) if baseline else None,
+                compressed_bytes=_graph_bytes(bundle, dtype, original=False),
+            ),
+        )
+        if baseline is None:
+            mend = "make one with --flops 1 and give it: infoprune-export validate DIR --original DIR0"
+            self.skip("original", f"the bundle keeps none; {mend}")
+
+    def skip(self, what: str, reason: str) -> None:
+        self.report.not_measured.append(NotMeasured(what=what, reason=reason))
+        self.notify(f"SKIPPED | {what} | {reason}")
+
+    def describe_machine(self) -> None:
+        self.report.machine = machine_report(self.bundle.path).description()
+
+    @staticmethod
+    def preferred(variants: Sequence[Variant]) -> Sequence[Variant]:
+        """Built engines where there are any: the portable graphs are what they were built from."""
+        return [v for v in variants if v.engine != "onnx"] or variants
+
+    def inputs(self, workload: Workload) -> latency.Inputs:
+        config = ModelConfig.from_directory(self.bundle.path)
+        return latency.random_inputs(self.bundle.plan().anatomy, workload, config.image_token_id)
+
+    def sessions(self, engines: Sequence[EngineName] | None) -> Iterator[tuple[Variant, Session]]:
+        """Opens every engine in every type of the bundle that runs here, one at a time.
+
+        Engines asked for by name have to run; the bundle's own (`engines` None) may be left out with a reason.
+        """
+        dtypes = self.bundle.manifest.dtypes
+        for engine in engines or dict.fromkeys(("onnx", *self.bundle.manifest.targets)):
+            absent: list[InfoPruneError] = []
+            for dtype in dtypes:
+                try:
+                    session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
+                except (InputError, MissingRequirement) as e:
+                    absent.append(e)
+                else:
+                    yield Variant(engine, dtype), session
+            if len(absent) == len(dtypes):
+                if engines:
+                    raise absent[0]
+                self.skip(f"numerics.{engine}", _why_not(engine, absent[0]))
+                self.skip(f"latency.{engine}", _why_not(engine, absent[0]))
+
+    def check_numerics(self, engines: Sequence[EngineName] | None) -> list[Variant]:
+        """Holds every engine and type against the reference; says which of them run.
+
+        The first engine's records in the bundle's first type have the components' plain names; others have a
+        suffix, as in `vision_encoder_fp16` and `generation_trt_fp16`.
+        """
+        reference = read_reference(self.bundle.reference)
+        runnable: list[Variant] = []
+        plain: Variant | None = None
+        for variant, session in self.sessions(engines):
+            engine, dtype = variant.engine, variant.dtype
+            plain = plain or variant
+            suffix = ("" if engine == plain.engine else f"_{engine}") + ("" if dtype == plain.dtype else f"_{dtype}")
+            limits = limits_of(engine, self.bundle.manifest.workload)
+            try:
+                records = numerics.check(session, reference, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
+                runnable.append(variant)
+            except InputError as e:  # an engine that opens and then does not run has failed, not been left out
+                failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
+                records = {"generation": failed}
+                self.notify(numerics.describe("generation", failed))
+            self.report.numerics |= {f"{name}{suffix}": record for name, record in records.items()}
+        return runnable
+
+    def measure_accuracy(self, variants: Sequence[Variant], evaluation: Mapping[str, DataSource]) -> None:
+        """Accuracy of both networks through the first variant on every task whose data is at hand."""
+        if not evaluation:
+            self.skip("accuracy", "no evaluation data was given; name some under `evaluation` in the recipe")
+            return
+        if not variants:
+            self.skip("accuracy", "no engine of this bundle runs here")
+            return
+        variant = variants[0]
+        limits = limits_of(variant.engine, self.bundle.manifest.workload)
+        examiner = tasks.Examiner(self.bundle.path, self.bundle.manifest.recipe.prompt, limits, self.progress)
+        exams = {}
+        for task, source in evaluation.items():
+            try:
+                exams[task] = examiner.prepare(source)
+            except InputError as e:
+                self.skip(f"accuracy.{task}", _one_line(e))
+        if not exams:
+            return
+        # One network after the other, so that only one is in memory.
+        compressed = examiner.sit_all(exams, self._compressed(variant), "compressed")
+        session = self._original(variant, "accuracy")
+        original = examiner.sit_all(exams, session, "original") if session else {}
+        for task, exam in exams.items():
+            made = exam.record(original.get(task), compressed[task], variant.engine, variant.dtype)
+            self.report.accuracy[task] = made
+            self.notify(f"MEASURED | accuracy.{task} ({variant.engine}, {variant.dtype}) | {accuracy.describe(made)}")
+
+    def measure_latency(self, variants: Sequence[Variant], inputs: latency.Inputs, workload: Workload, seconds: float) -> None:
+        """Times every engine in the first of its types that runs, both networks in turn."""
+        manifest = self.bundle.manifest
+        counted = workload == manifest.workload
+        kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
+        for variant in {v.engine: v for v in reversed(variants)}.values():
+            engine = variant.engine
+            original = self._original(variant, f"latency.{engine}")
+            try:
+                parts = latency.measure(
+                    self._compressed(variant),
+                    original,
+                    inputs,
+                    workload.new_tokens,
+                    seconds=seconds,
+                    flops_kept=kept,
+                    progress=partial(self.progress, f"timing {engine}"),
+                )
+            except InputError as e:
+                self.skip(f"latency.{engine}", _one_line(e))
+                continue
+            self.report.latency[engine] = parts
+            self.report.latency_settings[engine] = LatencySettings(
+                dtype=variant.dtype,
+                threads=self.threads,
+                workload=workload,
+                seconds_per_part=seconds,
+                warmup_rounds=latency.WARMUP_ROUNDS,
+            )
+            for part in PARTS:
+                if part in parts:
+                    self.notify(f"MEASURED | latency.{engine}.{part} | {latency.describe(parts[part])}")
+                else:
+                    self.skip(f"latency.{engine}.{part}", f"the workload has none ({workload})")
+
+    def _compressed(self, variant: Variant) -> Session:
+        return Session.open(self.bundle, engine=variant.engine, dtype=variant.dtype, threads=self.threads)
+
+    def _original(self, variant: Variant, what: str) -> Session | None:
+        """The original on the same engine and type, or the reason why not under the name of what needs it."""
+        if self.baseline is None:
+            return None
+        try:
+            return self.baseline.open(variant.engine, variant.dtype, self.threads)
+        except (InputError, MissingRequirement) as e:
+            self.skip(f"{what} of the original", _one_line(e))
+            return None
+
+
+def _graph_bytes(bundle: Bundle, dtype: Dtype, original: bool) -> int:
+    graphs = [bundle.graph(component, dtype, original) for component in COMPONENTS]
+    files = [file for graph in graphs for file in (graph, graph.with_name(graph.name + "_data"))]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _why_not(engine: EngineName, error: InfoPruneError) -> str:
+    if engine == "trt" and not gpus():
+        return "no NVIDIA GPU here; run `infoprune-export validate DIR` on the target"
+    return _one_line(error)
+
+
+def _one_line(error: InfoPruneError) -> str:
+    return "; ".join(str(error).splitlines())

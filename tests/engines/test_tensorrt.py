@@ -1,0 +1,144 @@
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from toy_graphs import HIDDEN, decoder, embed_tokens, save, vision_encoder
+
+from infoprune_export.engines import flavours, machine, tensorrt
+from infoprune_export.engines.graphs import read_graph
+from infoprune_export.engines.profiles import workload_profiles
+from infoprune_export.errors import InputError, MissingRequirement, NotEnough
+from infoprune_export.recipe import Workload
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra trt-rtx")
+PROFILES = workload_profiles(Workload(image_tokens=4, text_tokens=8, new_tokens=4))
+
+
+@pytest.fixture(autouse=True)
+def ahead_of_time(monkeypatch):
+    """The same flavour on every machine that runs these tests."""
+    rtx = next(f for f in flavours.installed() if f.name == "tensorrt-rtx")
+    monkeypatch.setattr(tensorrt, "flavour_for", lambda archs: rtx)
+    return rtx
+
+
+def build(graph, out, *archs):
+    return tensorrt.build(graph, out, archs=archs, profiles=PROFILES)
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_decoder_becomes_an_engine_for_each_architecture(tmp_path, dtype, opset):
+    engines = build(decoder(tmp_path / "decoder.onnx", dtype, opset), tmp_path / "out", "sm86", "sm120")
+    assert {arch: path.relative_to(tmp_path).as_posix() for arch, path in engines.items()} == {
+        "sm86": "out/sm86/decoder.engine",
+        "sm120": "out/sm120/decoder.engine",
+    }
+    contents = [path.read_bytes() for path in engines.values()]
+    assert all(len(c) > 10_000 for c in contents) and contents[0] != contents[1]
+
+
+def test_the_log_is_kept_and_names_no_directory(tmp_path):
+    engine = build(embed_tokens(tmp_path / "embed_tokens.onnx"), tmp_path / "out", "sm86")["sm86"]
+    log = engine.with_suffix(".log").read_text()
+    assert "Input filename:   embed_tokens.onnx" in log
+    assert str(tmp_path) not in log
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_vision_encoder_is_built_once_not_for_prefill_and_decode(tmp_path, ahead_of_time):
+    network = tensorrt._Network(ahead_of_time, read_graph(graph := vision_encoder(tmp_path / "v.onnx")), graph)
+    assert network._distinct_shapes(PROFILES) == [{"pixel_values": ((1, 3, 8, 8),) * 3}]
+
+
+def test_the_decoder_is_compiled_for_prefill_and_for_decode(tmp_path):
+    engine = build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")["sm86"]
+    assert engine.with_suffix(".log").read_text().count("Total Activation Memory") == len(PROFILES)
+
+
+def test_weights_are_not_copied_for_every_profile_from_a_gigabyte_on(tmp_path, monkeypatch):
+    graph = save(
+        tmp_path / "wide.onnx",
+        [helper.make_node("MatMul", ["inputs_embeds", "w"], ["y"])],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT16, ["batch", "sequence", 1024])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", "sequence", 1024])],
+        {"w": np.random.default_rng(0).normal(size=(1024, 1024)).astype(np.float16)},
+        18,
+    )
+    two = build(graph, tmp_path / "two", "sm86")["sm86"].stat().st_size
+    monkeypatch.setattr(tensorrt, "ONE_PROFILE_FROM", 1_000_000)
+    one = build(graph, tmp_path / "one", "sm86")["sm86"].stat().st_size
+    assert one < two - 1_900_000
+
+
+def test_attention_is_marked_in_memory_alone(tmp_path):
+    graph = decoder(tmp_path / "decoder.onnx")
+    before = graph.read_bytes()
+    model = read_graph(graph)
+    tensorrt.allow_decomposed_attention(model)
+    tensorrt.allow_decomposed_attention(model)
+    (node,) = (n for n in model.graph.node if n.op_type == "Attention")
+    assert [(a.name, a.i) for a in node.attribute] == [("TRT_decomposable", 1)]
+    build(graph, tmp_path / "out", "sm86")
+    assert graph.read_bytes() == before
+
+
+def test_an_operator_that_tensorrt_does_not_know_is_named(tmp_path):
+    graph = save(
+        tmp_path / "odd.onnx",
+        [helper.make_node("Bernoulli", ["inputs_embeds"], ["y"], name="toss")],
+        [helper.make_tensor_value_info("inputs_embeds", TensorProto.FLOAT, ["batch", "sequence", HIDDEN])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "sequence", HIDDEN])],
+        {},
+        18,
+    )
+    with pytest.raises(InputError, match=r"odd.onnx: TensorRT cannot read it: node 'toss' \(Bernoulli\)") as error:
+        build(graph, tmp_path / "out", "sm86")
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_weights_outside_the_directory_are_refused(tmp_path):
+    graph = decoder(tmp_path / "graphs" / "decoder.onnx")
+    model = onnx.load(graph, load_external_data=False)
+    (graph.parent / "decoder.onnx_data").rename(tmp_path / "secret")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret"
+    graph.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"'\.\./secret' leaves the bundle"):
+        build(graph, tmp_path / "out", "sm86")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_architecture_it_cannot_build_for_stops_it_before_the_first(tmp_path):
+    with pytest.raises(MissingRequirement, match="cannot build for sm90") as error:
+        build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86", "sm90")
+    assert error.value.exit_code == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_turing_takes_half_precision_only(tmp_path):
+    with pytest.raises(MissingRequirement, match=r"(?s)cannot build for sm75 .*no fp32 matrix products.*on the device"):
+        build(decoder(tmp_path / "decoder.onnx", "fp32"), tmp_path / "out", "sm75")
+    assert build(decoder(tmp_path / "half.onnx", "fp16"), tmp_path / "out", "sm75")["sm75"].is_file()
+
+
+def test_memory_is_checked_before_the_build(tmp_path, monkeypatch):
+    graph = decoder(tmp_path / "decoder.onnx")
+    monkeypatch.setattr(tensorrt, "memory", lambda: machine.Memory(total=10**9, available=10_000))
+    with pytest.raises(NotEnough, match="memory") as error:
+        build(graph, tmp_path / "out", "sm86")
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_later_build_replaces_files_and_leaves_hard_links_alone(tmp_path):
+    graph = embed_tokens(tmp_path / "embed_tokens.onnx")
+    engine = build(graph, tmp_path / "out", "sm86")["sm86"]
+    link = tmp_path / "link"
+    link.hardlink_to(engine)
+    link.write_bytes(b"old")  # both names
+    build(graph, tmp_path / "out", "sm86")
+    assert link.read_bytes() == b"old"
+    assert engine.stat().st_size > 10_000

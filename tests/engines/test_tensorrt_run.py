@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+from fake_cuda import FakeDriver, fake_tensorrt
+
+from infoprune_export.engines import cuda, tensorrt_run
+from infoprune_export.engines.base import TensorSpec
+from infoprune_export.engines.flavours import Flavour
+from infoprune_export.engines.tensorrt_run import TensorRTEngine, find_engine, load_engine
+from infoprune_export.errors import InputError, MissingRequirement
+
+
+@pytest.fixture
+def trt():
+    return fake_tensorrt()
+
+
+@pytest.fixture
+def device(monkeypatch, trt):
+    """A machine with a GPU (sm89) and the flavour tensorrt, both in main memory."""
+    library = FakeDriver()
+    driver = cuda.Driver(library)
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", trt),))
+    return library
+
+
+@pytest.fixture
+def engine_file(tmp_path):
+    path = tmp_path / "tensorrt" / "sm89" / "decoder.engine"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine")
+    return path
+
+
+def row(*values):
+    return np.array([values], np.float32)
+
+
+EMPTY = np.zeros((1, 0), np.float32)
+
+
+def test_without_a_driver_it_says_where_to_run(monkeypatch, engine_file):
+    monkeypatch.setattr(cuda, "driver", lambda: None)
+    for load in (lambda: load_engine(engine_file), lambda: find_engine(engine_file.parents[2], "decoder")):
+        with pytest.raises(MissingRequirement, match=r"no NVIDIA driver here.*\nrun this on the target"):
+            load()
+
+
+def test_an_engine_for_this_gpu_is_found(device, engine_file, tmp_path):
+    assert find_engine(tmp_path, "decoder") == engine_file
+    with pytest.raises(MissingRequirement, match=r"no vision_encoder engine for this GPU \(Fake GPU, sm89\)"):
+        find_engine(tmp_path, "vision_encoder")
+
+
+def test_an_engine_of_a_flavour_that_is_not_installed(device, tmp_path):
+    with pytest.raises(MissingRequirement, match=r"(?s)flavour tensorrt-rtx.*infoprune-export\[trt-rtx\]"):
+        load_engine(tmp_path / "tensorrt-rtx" / "sm89" / "decoder.engine")
+
+
+def test_an_engine_that_tensorrt_does_not_take(device, engine_file, monkeypatch):
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", fake_tensorrt(takes=False)),))
+    with pytest.raises(InputError, match="does not take this engine"):
+        load_engine(engine_file)
+
+
+def test_inputs_and_outputs(device, engine_file):
+    engine = load_engine(engine_file)
+    assert isinstance(engine, TensorRTEngine)
+    assert engine.inputs == (TensorSpec("x", np.dtype(np.float32), (None, None)), TensorSpec("past", np.dtype(np.float32), (None, None)))
+    assert [x.name for x in engine.outputs] == ["present", "total"]
+
+
+def test_runs_on_arrays_of_growing_size(device, engine_file):
+    engine = load_engine(engine_file)
+    out = engine.run({"x": row(1, 2), "past": EMPTY})
+    np.testing.assert_array_equal(out["present"], row(1, 2))
+    out = engine.run({"x": row(1, 2, 3, 4, 5)[:, ::2], "past": EMPTY}, ["total"])
+    assert list(out) == ["total"] and out["total"] == 9
+
+
+def test_a_cache_stays_on_the_device(device, engine_file):
+    engine = load_engine(engine_file)
+    out = engine.run_on_device({"x": row(1, 2), "past": EMPTY}, ["present"])
+    for value in (3, 4):
+        assert out["present"].shape == (1, value - 1)
+        out = engine.run_on_device({"x": row(value), "past": out["present"]}, ["present"])
+    assert out["total"] == 1 + 2 + 3 + 4
+    np.testing.assert_array_equal(engine.run({"x": row(5), "past": out["present"]})["present"], row(1, 2, 3, 4, 5))
+
+
+def test_the_cache_of_earlier_steps_is_freed(device, engine_file):
+    engine = load_engine(engine_file)
+    out = engine.run_on_device({"x": row(1), "past": EMPTY}, ["present"])
+    sizes = []
+    for value in range(2, 7):
+        out = engine.run_on_device({"x": row(value), "past": out["present"]}, ["present"])
+        sizes.append(len(device.blocks))
+    assert len(set(sizes)) == 1
+
+
+def test_the_profile_follows_the_shapes(device, engine_file, trt):
+    engine = load_engine(engine_file)
+    for x, past in ((row(1, 2), EMPTY), (row(3), row(1, 2)), (row(4), row(1, 2)), (row(1), EMPTY)):
+        engine.run({"x": x, "past": past})
+    assert trt.engine.context.profiles == [0, 1, 0]
+
+
+def test_shapes_that_no_profile_covers(device, engine_file):
+    engine = load_engine(engine_file)
+    with pytest.raises(InputError, match=r"not built for these shapes: x \[1, 9\], past \[1, 0\]"):
+        engine.run({"x": np.zeros((1, 9), np.float32), "past": EMPTY})
+    with pytest.raises(InputError, match="input 'past' is missing"):
+        engine.run({"x": row(1)})

@@ -1,0 +1,174 @@
+"""The plan applied to the original's graphs, against the plan applied to the PyTorch model and exported."""
+
+import copy
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+from comparison import Graphs, Stock, assert_same_network
+from networks import build
+
+from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
+from infoprune_export.compress.decide import keep_everything
+from infoprune_export.compress.surgery import apply_plan
+from infoprune_export.errors import InputError
+from infoprune_export.graph.count import count_bundle
+from infoprune_export.graph.export import export_graphs
+from infoprune_export.graph.rewrite import rewrite_graphs
+from infoprune_export.graph.storage import SITES_KEY, load_graph, metadata
+from infoprune_export.models.anatomy import site
+from infoprune_export.models.flops import count
+from infoprune_export.plan import Source
+from infoprune_export.recipe import Criterion, Workload
+
+WORKLOAD = Workload(batch=2, images=1, image_tokens=16, text_tokens=5, new_tokens=4)
+
+
+def whole_plan(anatomy):
+    source = Source(id="random", sha256="0" * 64)
+    return keep_everything(anatomy, source=source, criterion=Criterion(), workload=WORKLOAD, scope="all")
+
+
+def uneven_plan(anatomy):
+    """Different heads, groups and ranks in every layer, and some layers whole."""
+    plan = whole_plan(anatomy)
+    cuts = {
+        ("vision", 0): ([1, 3], [1, 3], {"up": 5}),
+        ("vision", 1): ([0, 1, 2], [0, 1, 2], {"down": 9}),
+        ("language", 0): ([0, 2], [1, 5], {"gate": 7, "up": 3, "down": 11}),
+        ("language", 1): ([1], [2, 3], {"down": 1}),
+    }
+    for (tower, index), (groups, heads, ranks) in cuts.items():
+        decision = plan.decision(tower, index)
+        decision.kv_groups, decision.heads = groups, heads
+        decision.ranks = {**decision.ranks, **ranks}
+    return plan
+
+
+def random_factors(plan, refit=(("vision", 0), ("language", 1))):
+    """Factors of the right shapes; the output projections not in `refit` are left to be sliced."""
+    rng = np.random.default_rng(1)
+    factors = {}
+
+    def add(name, *shape):
+        factors[name] = (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    for layer in plan.anatomy.layers():
+        decision = plan.decision(layer.tower, layer.index)
+        if (layer.tower, layer.index) in refit:
+            key, o = site(layer.tower, layer.index, "o"), layer.attention.o
+            add(f"{key}.weight", o.d_out, len(decision.heads) * layer.attention.head_dim)
+            if o.bias:
+                add(f"{key}.bias", o.d_out)
+        for role, rank in decision.ranks.items():
+            if rank is not None:
+                key, linear = site(layer.tower, layer.index, role), layer.linear(role)
+                add(f"{key}.first", rank, linear.d_in)
+                add(f"{key}.second", linear.d_out, rank)
+                if linear.bias:
+                    add(f"{key}.bias", linear.d_out)
+    return factors
+
+
+def weights(path):
+    return {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
+
+
+def test_both_routes_give_the_same_network(exported, tmp_path):
+    model, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    factors = random_factors(plan)
+    rewrite_graphs(directory, plan, factors, tmp_path / "rewritten")
+    small = copy.deepcopy(model)
+    apply_plan(small, plan, factors)
+    export_graphs(small, anatomy, tmp_path / "exported")
+
+    assert_same_network(Graphs(tmp_path / "rewritten"), Stock(small), atol=1e-5)
+    assert_same_network(Graphs(tmp_path / "exported"), Stock(small), atol=1e-5)
+    predicted = count(anatomy, WORKLOAD, plan)
+    for route in ("rewritten", "exported"):
+        assert count_bundle(tmp_path / route, WORKLOAD) == {**predicted.parts(), "total": predicted.total}
+    for component in (VISION, EMBED, DECODER):
+        left, right = (weights(tmp_path / route / graph_file(component)) for route in ("rewritten", "exported"))
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+        rewritten, other = (load_graph(tmp_path / route / graph_file(component)) for route in ("rewritten", "exported"))
+        assert metadata(rewritten, SITES_KEY, {}) == metadata(other, SITES_KEY, {})
+        assert list(rewritten.graph.input) == list(other.graph.input)
+        assert list(rewritten.graph.output) == list(other.graph.output)
+        onnx.checker.check_model(str(tmp_path / "rewritten" / graph_file(component)), full_check=True)
+
+
+def test_cache_shrinks_with_the_groups(exported, tmp_path):
+    _, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    rewrite_graphs(directory, plan, random_factors(plan), tmp_path)
+    inputs = Graphs(tmp_path).sessions[DECODER].get_inputs()
+    assert [i.shape[1] for i in inputs[3::2]] == [2, 1, 3]
+
+
+def test_a_plan_that_keeps_everything_changes_nothing(exported, tmp_path):
+    model, anatomy, directory = exported
+    rewrite_graphs(directory, whole_plan(anatomy), {}, tmp_path)
+    for component in COMPONENTS:
+        left, right = weights(tmp_path / graph_file(component)), weights(directory / graph_file(component))
+        assert left.keys() == right.keys()
+        assert all(np.array_equal(left[n], right[n]) for n in left)
+    assert_same_network(Graphs(tmp_path), Stock(model), atol=1e-5)
+
+
+def test_rewriting_twice_gives_the_same_bytes(exported, tmp_path):
+    _, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    for name in ("a", "b"):
+        rewrite_graphs(directory, plan, random_factors(plan), tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_missing_factor_is_named(exported, tmp_path):
+    _, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    factors = random_factors(plan)
+    del factors["language.0.gate.second"]
+    with pytest.raises(InputError, match=r"language\.0\.gate\.second is missing"):
+        rewrite_graphs(directory, plan, factors, tmp_path)
+
+
+def test_factor_of_another_rank_is_named(exported, tmp_path):
+    _, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    factors = random_factors(plan)
+    factors["vision.0.up.first"] = factors["vision.0.up.first"][:-1]
+    with pytest.raises(InputError, match=r"vision\.0\.up\.first has shape \[4, 32\], the plan asks for \[5, 32\]"):
+        rewrite_graphs(directory, plan, factors, tmp_path)
+
+
+def test_plan_for_another_model_is_refused(exported, tmp_path):
+    from infoprune_export.models.families import find_anatomy
+
+    _, _, directory = exported
+    plan = whole_plan(find_anatomy(build(language="gemma")))
+    with pytest.raises(InputError, match=r"plan, language\.0\.q: is a 48 x 48 map here, the plan's is 144 x 48"):
+        rewrite_graphs(directory, plan, {}, tmp_path)
+
+
+def test_graphs_of_a_compressed_network_are_refused(exported, tmp_path):
+    _, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    rewrite_graphs(directory, plan, random_factors(plan), tmp_path / "once")
+    with pytest.raises(InputError, match=r"vision\.0"):
+        rewrite_graphs(tmp_path / "once", plan, random_factors(plan), tmp_path / "twice")
+
+
+def test_graphs_of_another_exporter_are_refused(exported, tmp_path):
+    _, anatomy, directory = exported
+    shutil.copytree(directory, tmp_path / "theirs")
+    path = tmp_path / "theirs" / graph_file(VISION)
+    model = load_graph(path)
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="does not say where its sites are"):
+        rewrite_graphs(tmp_path / "theirs", whole_plan(anatomy), {}, tmp_path / "out")

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.validate.report import Report, judge
+
+
+def test_the_keys_others_rely_on(report):
+    data = json.loads(report.to_json())
+    assert data["schema_version"] == 1
+    assert set(data["flops"]) == {"denominator", "scope", "requested", "achieved", "original", "compressed", "parts"}
+    assert set(data["accuracy"]["vqa"]) >= {"original", "compressed", "n", "metric"}
+    assert set(data["numerics"]["vision_encoder"]) >= {"dtype", "max_abs", "max_rel", "cosine", "passed"}
+    assert set(data["numerics"]["generation"]) >= {"prompts", "identical_token_ids", "passed"}
+    assert set(data["latency"]["ort"]) == {"vision", "prefill", "decode", "end_to_end"}
+    for part in data["latency"]["ort"].values():
+        assert {"original", "compressed", "speedup", "flops_kept"} <= set(part)
+        for side in ("original", "compressed"):
+            assert {"median_ms", "p90_ms", "p99_ms", "n"} <= set(part[side])
+    assert {"original_bytes", "compressed_bytes"} <= set(data["size"])
+    assert {"gates", "machine"} <= set(data)
+    assert all({"what", "reason"} == set(entry) for entry in data["not_measured"])
+
+
+def test_it_reads_back_as_it_was_written(report, plan, tmp_path):
+    report.write(tmp_path, plan)
+    assert Report.read(tmp_path / "report.json") == report
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_damaged_report_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match=r"report\.json"):
+        Report.read(tmp_path / "report.json")
+
+
+def test_numerics_is_always_a_gate(report):
+    assert list(judge(report)) == ["numerics"]
+    assert judge(report)["numerics"].passed
+    report.numerics["vision_encoder"].passed = False
+    gate = judge(report)["numerics"]
+    assert not gate.passed and gate.measured == "vision_encoder failed"
+    report.numerics.clear()
+    assert not judge(report)["numerics"].passed, "what was not checked has not passed"
+
+
+@pytest.mark.parametrize(("allowed", "passed"), [(2.5, True), (2.4, False), (3.0, True)])
+def test_largest_drop(report, allowed, passed):
+    gate = judge(report, max_drop=allowed)["max_drop"]
+    assert gate.passed is passed and gate.measured == "2.50 points on vqa"
+
+
+@pytest.mark.parametrize(("wanted", "passed"), [(1.42, True), (1.43, False)])
+def test_smallest_speedup_is_end_to_end(report, wanted, passed):
+    assert report.latency["ort"]["end_to_end"].speedup == pytest.approx(20 / 14)
+    assert judge(report, min_speedup=wanted)["min_speedup"].passed is passed
+
+
+def test_a_gate_on_something_not_measured_does_not_pass(report):
+    report.accuracy["vqa"].drop_points = None
+    report.latency["ort"].pop("end_to_end")
+    gates = judge(report, max_drop=100, min_speedup=0.1)
+    assert not gates["max_drop"].passed and not gates["min_speedup"].passed
+    assert gates["max_drop"].measured == gates["min_speedup"].measured == "not measured"
+
+
+def test_failed_gates_are_exit_code_1_and_named(report):
+    report.raise_for_gates()
+    report.gates = judge(report, max_drop=1, min_speedup=2)
+    with pytest.raises(GateFailed, match=r"max_drop: 2.50 points on vqa, required at most 1 points on any task; min_speedup") as e:
+        report.raise_for_gates()
+    assert e.value.exit_code == 1 and not report.passed
