@@ -1,12 +1,12 @@
 """The Python interface; the command line calls the same things.
 
-    import infoprune_export as ip
+import infoprune_export as ip
 
-    plan = ip.plan("llava-hf/llava-1.5-7b-hf", flops=0.33, calibration="data/vqav2")
-    small = ip.apply(model, plan)
-    bundle = ip.export(small, processor, out="build/llava", targets=["ort", "trt"])
-    report = ip.validate("build/llava")
-    model = ip.load("build/llava")
+plan = ip.plan("llava-hf/llava-1.5-7b-hf", flops=0.33, calibration="data/vqav2")
+small = ip.apply(model, plan)
+bundle = ip.export(small, processor, out="build/llava", targets=["ort", "trt"])
+report = ip.validate("build/llava")
+model = ip.load("build/llava")
 """
 
 from __future__ import annotations
@@ -135,7 +135,12 @@ def export(
 
 
 def validate(
-    directory: str | Path, *, original: str | Path | None = None, max_drop: float | None = None, min_speedup: float | None = None, **options: Any
+    directory: str | Path,
+    *,
+    original: str | Path | None = None,
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
+    **options: Any,
 ) -> Report:
     """Measures a bundle on this machine and writes its report.
 
@@ -200,7 +205,9 @@ class _InMemory(Job):
         from infoprune_export.compress.network import save_weights
 
         save_weights(model, directory / "model.safetensors")
-        recipe = resolve(str(directory), {"targets": targets, "dtype": dtype, "flops": self.plan.budget.requested, "scope": self.plan.budget.scope})
+        recipe = resolve(
+            str(directory), {"targets": targets, "dtype": dtype, "flops": self.plan.budget.requested, "scope": self.plan.budget.scope}
+        )
         super().__init__(recipe.model_copy(update={"name": options.out.name}), options, progress)
 
     @cached_property

@@ -182,8 +182,9 @@ def build(directory: Path, targets: tuple[str, ...], archs: list[str], **given: 
     """Build engines from a bundle's graphs, on this device; needs no PyTorch."""
     from infoprune_export.engines.build import build_bundle
 
+    progress = _progress(given)
     for target in targets:
-        for path in build_bundle(directory, target, archs=archs, progress=_progress(given)):
+        for path in build_bundle(directory, target, archs=archs, progress=lambda name, t=target: progress.note(f"building {name} for {t}")):
             _say(str(path))
 
 
@@ -222,7 +223,9 @@ def bench(directory: Path, seconds: float, engine: str | None, threads: int | No
     from infoprune_export.bundle import Bundle
     from infoprune_export.validate.bench import bench_bundle
 
-    result = bench_bundle(Bundle.open(directory), engine=engine, threads=threads, seconds=seconds, progress=_progress(given))
+    progress = _progress(given)
+    engines = None if engine is None else [engine]
+    result = bench_bundle(Bundle.open(directory), engines=engines, threads=threads, seconds=seconds, progress=progress.counter())
     _print_json(result.as_dict()) if as_json else _print(result.table())
 
 
@@ -231,14 +234,22 @@ def bench(directory: Path, seconds: float, engine: str | None, threads: int | No
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="An image file; repeatable.")
 @click.option("--prompt", required=True, help="The question; <image> marks an image's place, the front when absent.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--raw", is_flag=True, help="Take the prompt as it is, without the model's template.")
 @_options("engine", "threads", "verbose", "quiet")
 def generate(
-    directory: Path, images: tuple[Path, ...], prompt: str, max_new_tokens: int, engine: str | None, threads: int | None, **given: Any
+    directory: Path,
+    images: tuple[Path, ...],
+    prompt: str,
+    max_new_tokens: int,
+    raw: bool,
+    engine: str | None,
+    threads: int | None,
+    **given: Any,
 ) -> None:
     """Answer a prompt about images from a bundle; needs no PyTorch."""
     from infoprune_export.runtime.generate import generate as stream
 
-    for piece in stream(directory, list(images), prompt, engine=engine, max_new_tokens=max_new_tokens, threads=threads):
+    for piece in stream(directory, images, prompt, engine=engine, max_new_tokens=max_new_tokens, threads=threads, raw=raw):
         click.echo(piece, nl=False)
     click.echo()
 

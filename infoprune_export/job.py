@@ -85,7 +85,9 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
             warn("no calibration data named: using the small packaged set; data like your own is better (--calibration)")
         tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
         local = path.is_dir()
-        recipe = Recipe(name=path.resolve().name if local else model.split("/")[1], model=str(path.resolve()) if local else model, calibration=tiny)
+        recipe = Recipe(
+            name=path.resolve().name if local else model.split("/")[1], model=str(path.resolve()) if local else model, calibration=tiny
+        )
     else:
         raise InputError(
             f"no recipe, file or directory {model!r}{near(model, list(names))}",

@@ -121,6 +121,7 @@ def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, prog
     networks: list[tuple[str, Path, Callable[[], nn.Module]]] = [("compressed", root / "onnx", lambda: load_network(root))]
     if keep_original:
         networks.append(("original", root / "original" / "onnx", job.checkpoint.load_model))
+        job.checkpoint.check_unchanged()
     for name, out, load in networks:
         model = load()
         for dtype in dtypes:

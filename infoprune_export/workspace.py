@@ -22,6 +22,9 @@ from infoprune_export.errors import InfoPruneError, InputError, NotEnough
 class Workspace:
     """The work folder of one output directory, to be used in a `with` block.
 
+    Attributes:
+        path: Where the bundle grows.
+
     Args:
         out: The bundle's directory.
         key: Names the run's inputs; another key never resumes this one's work.
@@ -35,12 +38,12 @@ class Workspace:
         check_output(out)
         self.out = out.absolute()
         self.key, self.resume = key, resume
-        self.path = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self._folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self.path, self._stages = self._folder / "bundle", self._folder / "stages"
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._lock_path = self.out.with_name(f".{self.out.name}.lock")
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
-        self.stages_done = 0
 
     def __enter__(self) -> Workspace:
         missing = [p for p in (self.out.parent, *self.out.parent.parents) if not p.exists()]
@@ -56,15 +59,16 @@ class Workspace:
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.out)
-        if not self.resume and self.path.exists():
-            shutil.rmtree(self.path)
-        (self.path / ".stages").mkdir(parents=True, exist_ok=True)
+        if not self.resume and self._folder.exists():
+            shutil.rmtree(self._folder)
+        for directory in (self.path, self._stages):
+            directory.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        refused = isinstance(error, InfoPruneError) and not any((self.path / ".stages").glob("*"))
+        refused = isinstance(error, InfoPruneError) and not any(self._stages.glob("*"))
         if refused:
-            shutil.rmtree(self.path, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
@@ -74,9 +78,11 @@ class Workspace:
                     directory.rmdir()
                 except OSError:
                     break
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise NotEnough(
-                "the disk is full", where=self.path.parent, mend="make space and run the same command again: it goes on from here"
+                "the disk is full, or a file may not grow further",
+                where=self.out.parent,
+                mend="make space and run the same command again: it goes on from here",
             ) from error
 
     def stage(self, name: str, work: Callable[[], None]) -> bool:
@@ -89,18 +95,16 @@ class Workspace:
         Returns:
             Whether it ran now.
         """
-        marker = self.path / ".stages" / name
+        marker = self._stages / name
         if marker.exists():
             return False
         work()
         _sync_tree(self.path)
         marker.touch()
-        self.stages_done += 1
         return True
 
     def finish(self) -> None:
-        """Puts the work folder in the bundle's place and removes what other runs left."""
-        shutil.rmtree(self.path / ".stages")
+        """Puts the bundle in place and removes what this and other runs left."""
         _sync_tree(self.path)
         if self.out.exists():
             self.out.rename(self._old)

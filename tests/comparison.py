@@ -69,20 +69,21 @@ class Stock:
         return self.model.lm_head(out.last_hidden_state[:, -1:]).numpy(), out.past_key_values
 
 
-def steps(decode: Callable, lengths=(9, 5), decodes: int = 2, hidden: int = 48) -> list[np.ndarray]:
-    """Logits of a prefill of left-padded rows with the given lengths, and of decode steps after it."""
+def steps(decode: Callable, lengths=(9, 5), widths=(1, 2, 1), hidden: int = 48) -> list[np.ndarray]:
+    """Logits of a prefill of left-padded rows with the given lengths, and of steps of the given widths after it."""
     rng = np.random.default_rng(0)
     rows, longest = len(lengths), max(lengths)
     mask = np.stack([np.arange(longest) >= longest - n for n in lengths]).astype(np.int64)
     embeds = rng.standard_normal((rows, longest, hidden)).astype(np.float32)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    past, seen = None, []
-    for _ in range(decodes + 1):
+    logits, past = decode(embeds, mask, positions, None)
+    seen = [logits]
+    for width in widths:
+        embeds = rng.standard_normal((rows, width, hidden)).astype(np.float32)
+        mask = np.concatenate([mask, np.ones((rows, width), np.int64)], axis=1)
+        positions = positions[:, -1:] + 1 + np.arange(width)
         logits, past = decode(embeds, mask, positions, past)
         seen.append(logits)
-        embeds = rng.standard_normal((rows, 1, hidden)).astype(np.float32)
-        mask = np.concatenate([mask, np.ones((rows, 1), np.int64)], axis=1)
-        positions = positions[:, -1:] + 1
     return seen
 
 
@@ -91,7 +92,7 @@ def pixels(images: int = 3) -> np.ndarray:
 
 
 def assert_same_network(left, right, atol: float, lengths=(9, 5)) -> None:
-    """Vision, embedding, prefill with padding and two decode steps agree, relative to the largest value."""
+    """Vision, embedding, prefill with padding and steps after it agree, relative to the largest value."""
     ids = np.array([[3, 4, 90], [5, 99, 2]])
     pairs = [(left.vision(pixels()), right.vision(pixels())), (left.embed(ids), right.embed(ids))]
     pairs += zip(steps(left.decode, lengths), steps(right.decode, lengths), strict=True)

@@ -83,3 +83,20 @@ def inputs(prompt: int = 5, batch: int = 2, seed: int = 0):
     ids = torch.cat([torch.full((batch, IMAGE_TOKENS), IMAGE_TOKEN), text], 1)
     pixels = torch.randn(batch, 3, 16, 16, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def decoder_feeds(session, prompt: int = 7, past: int = 3):
+    """Random inputs of a decoder graph, with a past, for an ONNX Runtime session."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    feeds = {
+        "attention_mask": np.ones((1, past + prompt), np.int64),
+        "position_ids": np.arange(past, past + prompt, dtype=np.int64)[None],
+    }
+    for x in session.get_inputs():
+        if x.name == "inputs_embeds":
+            feeds[x.name] = rng.normal(size=(1, prompt, x.shape[2])).astype(np.float32)
+        elif x.name.startswith("past_key_values."):
+            feeds[x.name] = rng.normal(size=(1, x.shape[1], past, x.shape[3])).astype(np.float32)
+    return feeds

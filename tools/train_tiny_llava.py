@@ -57,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--val-minutes", type=float, default=6, help="time between validations")
     parser.add_argument("--export", action="store_true", help="write the model directory from the checkpoint, then end")
     parser.add_argument("--report", action="store_true", help="score the model directory, write its card, then end")
+    parser.add_argument("--note", default="", help="a remark on this run for the card's training section")
     return parser.parse_args()
 
 
@@ -132,14 +133,15 @@ class Run:
         samples = [splits.training_sample(task, rng) for task, count in mix.items() for _ in range(count)]
         rates = self._set_rates()
         self.model.train()
-        # Rendered task by task, so contiguous shares have rows of like length.
-        workers = self.args.threads if self.device.type == "cpu" and self.joint else 1
-        bounds = [round(len(samples) * n / workers) for n in range(workers + 1)]
+        # Rendered task by task, so contiguous shares have rows of like length; two for each
+        # thread, because those of one task take longer than those of another.
+        parts = 2 * self.args.threads if self.device.type == "cpu" and self.joint else 1
+        bounds = [round(len(samples) * n / parts) for n in range(parts + 1)]
         shares = [samples[i:j] for i, j in zip(bounds, bounds[1:])]
         results = list(self.pool.map(self._gradients, shares))
         for parameter, *grads in zip(self.parameters, *(grads for grads, _ in results)):
             known = [grad for grad in grads if grad is not None]
-            parameter.grad = sum(known) / workers if known else None
+            parameter.grad = sum(known) / parts if known else None
         used = [p for p in self.parameters if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(used, 1.0)
         self.optimizer.step()

@@ -17,9 +17,10 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from infoprune_export.bundle import DECODER, EMBED, VISION
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Anatomy
+from infoprune_export.models.families import FAMILIES
 
 ATTENTION = "infoprune_export"
-ONNX_ATTENTION_OPSET = 23
+OPSET = 23
 FIXED_ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary embeddings whose frequencies do not depend on the sequence's length."""
 
@@ -45,7 +46,7 @@ class VisionEncoder(Component):
     """
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy):
-        super().__init__(model, tower=anatomy.vision.path, projector=anatomy.projector[0].path.rpartition(".")[0])
+        super().__init__(model, tower=anatomy.vision.path, projector=FAMILIES[anatomy.family].projector)
         wanted = model.config.vision_feature_layer
         self.feature_layers = [wanted] if isinstance(wanted, int) else list(wanted)
         self.first_token = int(model.config.vision_feature_select_strategy == "default")
@@ -208,6 +209,8 @@ def _windows(config: Any) -> dict[str, int | None]:
     """Kinds of attention that the language model's layers use, each with its window (None = all that is past)."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise InputError("attention with a soft cap has no graph", where=type(config).__name__)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise InputError(f"attention of kind {min(unknown)!r} has no graph", where=type(config).__name__)
@@ -236,15 +239,12 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as one ONNX node, which groups query heads itself and leaves keys and values unrepeated."""
-    if softcap is not None:
-        raise InputError("attention with a soft cap has no graph", where=type(module).__name__)
     # Opset 23's node rather than MatMul and Softmax: ONNX Runtime and TensorRT both have one fused kernel for it in half precision.
     # It has no `softmax_precision`, which TensorRT refuses; both compute the softmax in fp32 without being told.
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     inputs = (query, key, value) if attention_mask is None else (query, key, value, attention_mask)
-    y = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=query.shape, version=ONNX_ATTENTION_OPSET)
+    y = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=query.shape, version=OPSET)
     return y.transpose(1, 2), None

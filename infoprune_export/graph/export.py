@@ -22,13 +22,12 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
-from infoprune_export.graph.components import Component, split
+from infoprune_export.graph.components import OPSET, Component, split
 from infoprune_export.graph.fusions import fuse_rotary
 from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, save_graph
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, site
 from infoprune_export.recipe import Dtype
 
-OPSET = 23
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ONNX_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
@@ -131,9 +130,7 @@ def _ports(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict
     positions = Port("position_ids", ("batch", "sequence"), torch.int64)
     logits = Port("logits", ("batch", 1, anatomy.vocab_size), dtype)
     return {
-        VISION: Ports(
-            [Port("pixel_values", pixels, dtype)], [Port("image_features", ("images", geometry.image_tokens, hidden), dtype)]
-        ),
+        VISION: Ports([Port("pixel_values", pixels, dtype)], [Port("image_features", ("images", geometry.image_tokens, hidden), dtype)]),
         EMBED: Ports([Port("input_ids", ("batch", "sequence"), torch.int64)], [embeds]),
         DECODER: Ports([embeds, mask, positions, *past], [logits, *present]),
     }

@@ -43,7 +43,8 @@ def record_reference(
         InputError: the model is not in float32, or a prompt's image tokens do not match its image.
     """
     if model.dtype != torch.float32:
-        raise InputError(f"is in {model.dtype}; a reference is recorded in float32", where=type(model).__name__, mend="load it with dtype float32")
+        what = f"is in {model.dtype}; a reference is recorded in float32"
+        raise InputError(what, where=type(model).__name__, mend="load it with dtype float32")
     model.eval()
     pixels = torch.from_numpy(np.ascontiguousarray(pixel_values, dtype=np.float32)).to(model.device)
     generated, first_logits = [], []

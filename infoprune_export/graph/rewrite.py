@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
-from onnx.numpy_helper import to_array
 
-from infoprune_export.bundle import COMPONENTS, EMBED, graph_file
+from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
 from infoprune_export.errors import InputError
 from infoprune_export.graph.storage import SITES_KEY, data_file, load_graph, metadata, save_graph, set_metadata, weight_files
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Attention, Layer, site
@@ -40,21 +39,17 @@ def rewrite_graphs(original_onnx_dir: Path, plan: Plan, factors: Factors, out_di
     Raises:
         InputError: naming the site, where the plan does not fit the graphs or a factor is missing or misshapen.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    paths, found = {}, set()
-    for component in COMPONENTS:
-        source = original_onnx_dir / graph_file(component, dtype)
-        paths[component] = out_dir / source.name
-        if component == EMBED:
-            for file in (source, data_file(source)):
-                shutil.copyfile(file, out_dir / file.name)
-            continue
-        surgeon = _Surgeon(source, plan, factors)
-        found |= surgeon.apply()
-        surgeon.save(paths[component])
+    sources = {component: original_onnx_dir / graph_file(component, dtype) for component in COMPONENTS}
+    surgeons = {component: _Surgeon(sources[component], plan, factors) for component in (VISION, DECODER)}
+    found = set().union(*(surgeon.apply() for surgeon in surgeons.values()))
     if missing := {site(x.tower, x.index, "q") for x in plan.anatomy.layers()} - found:
         raise _unfit(min(missing), "the graphs have no such site")
-    return paths
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for file in (sources[EMBED], data_file(sources[EMBED])):
+        shutil.copyfile(file, out_dir / file.name)
+    for component, surgeon in surgeons.items():
+        surgeon.save(out_dir / sources[component].name)
+    return {component: out_dir / source.name for component, source in sources.items()}
 
 
 class _Surgeon:
@@ -166,7 +161,7 @@ class _Surgeon:
             raise _unfit(key, f"is a {found[1]} x {found[0]} map here, the plan's is {linear.d_out} x {linear.d_in}")
 
     def _read(self, name: str) -> np.ndarray:
-        return to_array(self.weights[name], str(self.path.parent))
+        return ir.serde.deserialize_tensor(self.weights[name], base_path=self.path.parent).numpy()
 
     def _factor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         where, mend = "factors.safetensors", "use the factors that were made with this plan"

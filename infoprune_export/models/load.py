@@ -52,6 +52,15 @@ class SourceModel:
         lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
         return next((x.partition(":")[2].strip() for x in lines[:30] if x.startswith(("license:", "licence:"))), None)
 
+    def check_unchanged(self) -> None:
+        """Makes sure that the files are still those that the run began with.
+
+        Raises:
+            InputError: they were changed while the run was under way.
+        """
+        if _hash_weights(self.directory) != self.source.sha256:
+            raise InputError("was changed while this run was under way", where=self.directory, mend="run the command again")
+
     def load_model(self) -> PreTrainedModel:
         """The model in fp32, in evaluation mode, with attention that statistics and export understand.
 

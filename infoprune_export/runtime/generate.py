@@ -18,7 +18,7 @@ def generate(
     images: Sequence[Path],
     prompt: str,
     *,
-    engine: EngineName = "ort",
+    engine: EngineName | None = None,
     dtype: Dtype | None = None,
     max_new_tokens: int = 64,
     original: bool = False,
@@ -31,7 +31,7 @@ def generate(
         bundle_dir: A bundle.
         images: Image files, in the order of the prompt's image tokens; may be none.
         prompt: The question. Where it has no image token, the images go before it.
-        engine: What runs the model.
+        engine: What runs the model; ONNX Runtime's engines where the bundle has them, else the portable graphs, when None.
         dtype: Which of the bundle's types; its first when None.
         max_new_tokens: Most tokens to make.
         original: Ask the uncompressed model that was kept for comparison.
@@ -50,6 +50,7 @@ def generate(
     ids = prompts.encode(prompt, images=len(images), raw=raw)
     pictures = [ImageRef(Path(path)).open() for path in images]
     pixels = ImageProcessor.from_directory(bundle.path)(pictures) if pictures else None
+    engine = engine or ("ort" if bundle.engines("ort", original).is_dir() else "onnx")
     session = Session.open(bundle, engine=engine, dtype=dtype or bundle.manifest.dtypes[0], original=original, threads=threads)
 
     def pieces() -> Iterator[str]:

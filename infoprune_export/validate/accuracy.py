@@ -91,14 +91,17 @@ def wilson(mean: float, n: int, z: float = Z95) -> Interval:
 
 
 def paired_drop(original: Sequence[float], compressed: Sequence[float], z: float = Z95) -> tuple[float, Interval]:
-    """Loss of accuracy in points, with the normal interval of the paired difference.
+    """Loss of accuracy in points, with the interval of the paired difference.
 
-    Pairing takes out what the two have in common: which questions are hard.
+    Pairing takes out what the two have in common: which questions are hard. The interval is Bonett and Price's (2012):
+    one further question lost and one won before the normal approximation, so that it does not shrink to nothing where
+    both networks answer alike.
     """
-    lost = 100 * (np.asarray(original, np.float64) - np.asarray(compressed, np.float64))
-    mean = float(lost.mean())
-    half = z * float(lost.std(ddof=1)) / math.sqrt(len(lost)) if len(lost) > 1 else math.inf
-    return mean, Interval(low=max(-100.0, mean - half), high=min(100.0, mean + half))
+    lost = np.asarray(original, np.float64) - np.asarray(compressed, np.float64)
+    more = np.append(lost, (1.0, -1.0))
+    half = z * math.sqrt(more.var() / len(more))
+    low, high = max(-1.0, more.mean() - half), min(1.0, more.mean() + half)
+    return 100 * float(lost.mean()), Interval(low=100 * low, high=100 * high)
 
 
 def describe(record: Accuracy) -> str:

@@ -49,7 +49,7 @@ def bench_bundle(
     workload = workload or bundle.manifest.workload
     run = Run(bundle, find_baseline(bundle, original), threads, notify, progress)
     inputs = run.inputs(workload)
-    runnable = [variant for variant, _ in run.sessions(engines)]
+    runnable = [variant for variant, _ in run.sessions(engines, ("latency",))]
     run.measure_latency(run.preferred(runnable), inputs, workload, seconds)
     run.describe_machine()
     return Bench(run.report)

@@ -7,10 +7,12 @@ accuracies, and no times.
 from __future__ import annotations
 
 import json
+from pathlib import PurePath
 
 from infoprune_export.bundle import Manifest
 from infoprune_export.models.anatomy import Layer
 from infoprune_export.plan import LayerPlan, Plan
+from infoprune_export.recipe import DataSource
 from infoprune_export.validate import figures
 from infoprune_export.validate.report import Report
 
@@ -53,6 +55,8 @@ def model_card(manifest: Manifest, plan: Plan, report: Report, licence: str | No
         licence=licence,
         towers=towers,
         hub_id=hub_id,
+        removed=" and ".join(_changes(plan)),
+        calibration=[code_span(_name(source)) for source in manifest.recipe.calibration],
     )
 
 
@@ -69,6 +73,19 @@ def plain(text: object) -> str:
 def _is_hub_id(source: str) -> bool:
     owner, _, name = source.partition("/")
     return bool(owner and name) and not any(c in source for c in ":\\ ") and name.count("/") == 0 and owner not in (".", "..")
+
+
+def _changes(plan: Plan) -> list[str]:
+    """What was done to the network, in words."""
+    heads = any(len(plan.decision(x.tower, x.index).heads) < x.attention.heads for x in plan.anatomy.layers())
+    done = ["attention heads were removed"] if heads else []
+    return done + (["feed-forward matrices were replaced by low-rank pairs"] if plan.low_rank_sites() else [])
+
+
+def _name(source: DataSource) -> str:
+    """What a set of questions is called; never where it lay on somebody's disk."""
+    name = source.path if source.path.startswith("tiny:") else PurePath(source.path).name
+    return f"{name} ({source.split})" if source.split else name
 
 
 def _removed(name: str, layers: list[Layer], plan: Plan) -> dict[str, object]:

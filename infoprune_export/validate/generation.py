@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from infoprune_export.bundle import DECODER
 from infoprune_export.engines.profiles import capacity
-from infoprune_export.recipe import Workload
+from infoprune_export.recipe import Dtype, Workload
 from infoprune_export.runtime.session import Session, left_pad
 
 
@@ -35,6 +36,12 @@ def limits_of(engine: str, workload: Workload) -> Limits:
     if engine == "trt":
         return Limits(workload.batch, max(1, workload.batch * workload.images), capacity(workload))
     return AMPLE
+
+
+def dtype_of(session: Session) -> Dtype:
+    """The type that a session's engines really have."""
+    (spec,) = (x for x in session.engines[DECODER].inputs if x.name == "inputs_embeds")
+    return {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[spec.dtype.name]
 
 
 def encode_images(session: Session, pixel_values: np.ndarray, batch: int) -> np.ndarray:

@@ -99,6 +99,7 @@ class LatencySettings(_Record):
     workload: Workload
     seconds_per_part: float
     warmup_rounds: int
+    load_average: float | None = Field(None, description="processes wanting a core in the minute before; times are noisy above the cores")
     transfers: str = "host to host: inputs and outputs are arrays in main memory"
 
 
@@ -199,7 +200,9 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
         task = max(drops, key=drops.__getitem__, default=None)
         gates["max_drop"] = Gate(
             required=f"at most {max_drop:g} points on any task",
-            measured="not measured" if task is None else f"{drops[task]:.2f} points on {task}",
+            measured="not measured"
+            if task is None
+            else f"{abs(drops[task]):.2f} points {'lost' if drops[task] > 0 else 'gained'} on {task}",
             # A loss of exactly the points allowed passes, whatever the last binary digit of a difference of means.
             passed=task is not None and drops[task] <= max_drop + 1e-9,
         )

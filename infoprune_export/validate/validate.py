@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import EngineName, Session
 from infoprune_export.validate import accuracy, latency, numerics, tasks
 from infoprune_export.validate.baseline import Baseline, find_baseline
-from infoprune_export.validate.generation import limits_of
+from infoprune_export.validate.generation import dtype_of, limits_of
 from infoprune_export.validate.reference import read_reference
 from infoprune_export.validate.report import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Report, Size, judge
 
@@ -123,26 +124,28 @@ class Run:
         config = ModelConfig.from_directory(self.bundle.path)
         return latency.random_inputs(self.bundle.plan().anatomy, workload, config.image_token_id)
 
-    def sessions(self, engines: Sequence[EngineName] | None) -> Iterator[tuple[Variant, Session]]:
+    def sessions(self, engines: Sequence[EngineName] | None, needed_for: Sequence[str]) -> Iterator[tuple[Variant, Session]]:
         """Opens every engine in every type of the bundle that runs here, one at a time.
 
-        Engines asked for by name have to run; the bundle's own (`engines` None) may be left out with a reason.
+        Engines asked for by name have to run; of the bundle's own (`engines` None) one may be left out, with the
+        reason given for everything it was needed for.
         """
-        dtypes = self.bundle.manifest.dtypes
         for engine in engines or dict.fromkeys(("onnx", *self.bundle.manifest.targets)):
             absent: list[InfoPruneError] = []
+            # A TensorRT engine is found by the GPU it is for; its type is the one that it was built in.
+            dtypes = self.bundle.manifest.dtypes[: 1 if engine == "trt" else None]
             for dtype in dtypes:
                 try:
                     session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
                 except (InputError, MissingRequirement) as e:
                     absent.append(e)
                 else:
-                    yield Variant(engine, dtype), session
+                    yield Variant(engine, dtype_of(session)), session
             if len(absent) == len(dtypes):
                 if engines:
                     raise absent[0]
-                self.skip(f"numerics.{engine}", _why_not(engine, absent[0]))
-                self.skip(f"latency.{engine}", _why_not(engine, absent[0]))
+                for what in needed_for:
+                    self.skip(f"{what}.{engine}", _why_not(engine, absent[0]))
 
     def check_numerics(self, engines: Sequence[EngineName] | None) -> list[Variant]:
         """Holds every engine and type against the reference; says which of them run.
@@ -153,7 +156,7 @@ class Run:
         reference = read_reference(self.bundle.reference)
         runnable: list[Variant] = []
         plain: Variant | None = None
-        for variant, session in self.sessions(engines):
+        for variant, session in self.sessions(engines, ("numerics", "latency")):
             engine, dtype = variant.engine, variant.dtype
             plain = plain or variant
             suffix = ("" if engine == plain.engine else f"_{engine}") + ("" if dtype == plain.dtype else f"_{dtype}")
@@ -198,12 +201,15 @@ class Run:
 
     def measure_latency(self, variants: Sequence[Variant], inputs: latency.Inputs, workload: Workload, seconds: float) -> None:
         """Times every engine in the first of its types that runs, both networks in turn."""
+        if not variants:
+            self.skip("latency", "no engine of this bundle runs here")
         manifest = self.bundle.manifest
         counted = workload == manifest.workload
         kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
         for variant in {v.engine: v for v in reversed(variants)}.values():
             engine = variant.engine
             original = self._original(variant, f"latency.{engine}")
+            load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:
                 parts = latency.measure(
                     self._compressed(variant),
@@ -224,6 +230,7 @@ class Run:
                 workload=workload,
                 seconds_per_part=seconds,
                 warmup_rounds=latency.WARMUP_ROUNDS,
+                load_average=load,
             )
             for part in PARTS:
                 if part in parts:

@@ -1,8 +1,9 @@
 """FLOPs of graphs: against the prediction from the anatomy, against brute force, and refusals."""
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from infoprune_export.bundle import DECODER, graph_file
 from infoprune_export.errors import InputError
@@ -45,7 +46,7 @@ def graph(tmp_path, nodes, inputs, outputs, **initialisers):
     def port(name, shape):
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
-    weights = [helper.make_tensor(n, TensorProto.FLOAT, s, b"\0" * 4 * int(__import__("math").prod(s)), raw=True) for n, s in initialisers.items()]
+    weights = [numpy_helper.from_array(np.zeros(shape, np.float32), name) for name, shape in initialisers.items()]
     model = helper.make_model(
         helper.make_graph(nodes, "g", [port(*i) for i in inputs.items()], [port(*o) for o in outputs.items()], weights),
         opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)],
@@ -98,7 +99,7 @@ def test_operators_that_cannot_be_counted_are_refused(tmp_path, op):
     domain = "com.microsoft" if op == "GroupQueryAttention" else ""
     attributes = {"equation": "ij,jk->ik"} if op == "Einsum" else {}
     path = graph(tmp_path, [helper.make_node(op, ["x", "w"], ["y"], domain=domain, **attributes)], {"x": [2, 3]}, {"y": [2, 4]}, w=[3, 4])
-    with pytest.raises(InputError, match="cannot be counted|shapes do not fit"):
+    with pytest.raises(InputError, match=r"cannot be counted|shapes do not fit"):
         count_graph(path, {})
 
 

@@ -131,7 +131,7 @@ def test_same_bytes_in_another_process_and_directory(exported, tmp_path):
     _, _, directory = exported
     there = tmp_path / "some where else"
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
-    subprocess.run([sys.executable, "-c", EXPORT, str(Path(__file__).parents[1]), str(there)], check=True, env=environment, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", EXPORT, str(Path(__file__).parents[1]), str(there)], check=True, env=environment)
     for file in sorted(directory.iterdir()):
         assert file.read_bytes() == (there / file.name).read_bytes(), file.name
 
@@ -161,11 +161,20 @@ def test_half_precision(dtype, tmp_path):
         assert_same_network(Graphs(tmp_path, dtype), Stock(model), atol=1e-2)
 
 
-def test_rotary_embedding_that_follows_the_length_is_refused(tmp_path):
+def test_what_no_graph_can_express_is_refused(tmp_path):
     model = build()
     model.model.language_model.rotary_emb.rope_type = "dynamic"
     with pytest.raises(InputError, match="rotary embedding of type 'dynamic'"):
-        export_graphs(model, find_anatomy(model), tmp_path)
+        export_graphs(model, find_anatomy(model), tmp_path / "out")
+    model = build()
+    model.model.language_model.config.attn_logit_softcapping = 50.0
+    with pytest.raises(InputError, match="soft cap"):
+        export_graphs(model, find_anatomy(model), tmp_path / "out")
+    model = build()
+    model.model.language_model.config.layer_types = ["chunked_attention"] * 3
+    with pytest.raises(InputError, match="attention of kind 'chunked_attention'"):
+        export_graphs(model, find_anatomy(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -101,6 +101,24 @@ def test_both_routes_give_the_same_network(exported, tmp_path):
         onnx.checker.check_model(str(tmp_path / "rewritten" / graph_file(component)), full_check=True)
 
 
+@pytest.mark.slow
+def test_both_routes_in_half_precision(exported, tmp_path):
+    model, anatomy, _ = exported
+    dtype = "bf16"  # the type that numpy does not know by itself
+    plan = uneven_plan(anatomy)
+    factors = random_factors(plan)
+    export_graphs(model, anatomy, tmp_path / "original", dtype)
+    rewrite_graphs(tmp_path / "original", plan, factors, tmp_path / "rewritten", dtype)
+    small = copy.deepcopy(model)
+    apply_plan(small, plan, factors)
+    export_graphs(small, anatomy, tmp_path / "exported", dtype)
+    for component in COMPONENTS:
+        left, right = (onnx.load(tmp_path / route / graph_file(component, dtype)).graph for route in ("rewritten", "exported"))
+        weights = [{i.name: (i.data_type, i.raw_data) for i in g.initializer if i.name.endswith("weight")} for g in (left, right)]
+        assert weights[0] == weights[1]
+        assert len(weights[0]) == len([i for i in right.initializer if i.name.endswith("weight")]) > 0
+
+
 def test_cache_shrinks_with_the_groups(exported, tmp_path):
     _, anatomy, directory = exported
     plan = uneven_plan(anatomy)
@@ -134,7 +152,8 @@ def test_missing_factor_is_named(exported, tmp_path):
     factors = random_factors(plan)
     del factors["language.0.gate.second"]
     with pytest.raises(InputError, match=r"language\.0\.gate\.second is missing"):
-        rewrite_graphs(directory, plan, factors, tmp_path)
+        rewrite_graphs(directory, plan, factors, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_factor_of_another_rank_is_named(exported, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from infoprune_export.bundle import Flops
+from infoprune_export.engines.base import TensorSpec
 from infoprune_export.models.anatomy import Anatomy, Attention, FeedForward, Layer, Linear, Tower, VisionGeometry
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plan import Budget, LayerPlan, Plan, Source
@@ -149,12 +151,22 @@ IMAGE_TOKEN, EOS, VOCAB, HIDDEN = 31, 30, 32, 16
 class FakeSession:
     """A tiny deterministic language model in numpy: rows of a batch do not touch, padding is masked, caches are values."""
 
-    def __init__(self, seed: int = 0, vocab: int = VOCAB, image_token: int = IMAGE_TOKEN, image_tokens: int = 4, width: int = 8):
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab: int = VOCAB,
+        image_token: int = IMAGE_TOKEN,
+        image_tokens: int = 4,
+        width: int = 8,
+        dtype: str = "float32",
+    ):
         rng = np.random.default_rng(seed)
         self.table = rng.standard_normal((vocab, HIDDEN))
         self.head = rng.standard_normal((HIDDEN, vocab))
         self.pixels = rng.standard_normal((width, image_tokens * HIDDEN))
         self.config = ModelConfig(image_token_id=image_token, eos_ids=(EOS,), max_positions=None)
+        specs = (TensorSpec("attention_mask", np.dtype(np.int64), ()), TensorSpec("inputs_embeds", np.dtype(dtype), ()))
+        self.engines = {"decoder_model_merged": SimpleNamespace(inputs=specs)}
         self.images_encoded, self.calls = 0, []
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:

@@ -81,8 +81,15 @@ def test_wilson_interval(mean, n, low, high):
 
 def test_paired_drop_in_closed_form():
     mean, interval = paired_drop([1, 1, 1, 0], [1, 0, 1, 0])
-    # Differences 0, 1, 0, 0 in hundreds: mean 25, standard deviation 50, of the mean 25.
-    assert mean == 25 and interval.low == pytest.approx(25 - 1.96 * 25, abs=0.01) and interval.high == pytest.approx(74, abs=0.01)
+    # Bonett and Price: p = (1 + 1) / 6 lost, q = (0 + 1) / 6 won; p - q +- z sqrt((p + q - (p - q)^2) / 6).
+    half = 1.959964 * ((3 / 6 - 1 / 36) / 6) ** 0.5
+    assert mean == 25
+    assert (interval.low, interval.high) == (pytest.approx(100 * (1 / 6 - half)), pytest.approx(100 * (1 / 6 + half)))
+
+
+def test_answering_alike_on_few_questions_proves_little():
+    mean, interval = paired_drop([1.0] * 100, [1.0] * 100)
+    assert mean == 0 and interval.low == -interval.high and 2 < interval.high < 4
 
 
 def test_record_with_and_without_the_original():

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from infoprune_export.bundle import Manifest
-from infoprune_export.recipe import Recipe
+from infoprune_export.recipe import DataSource, Recipe
 from infoprune_export.validate.card import code_span, model_card, plain
 
 
@@ -14,7 +14,7 @@ def manifest(report) -> Manifest:
         tool="infoprune-export 0.1.0",
         libraries={},
         source=report.source,
-        recipe=Recipe(name="tiny-llava", model="package:tiny_llava"),
+        recipe=Recipe(name="tiny-llava", model="package:tiny_llava", calibration=[DataSource(path="/home/me/vqav2", split="train")]),
         workload=report.workload,
         dtypes=["fp32"],
         targets=["ort", "trt"],
@@ -45,6 +45,19 @@ def test_figures_and_honest_words(manifest, plan, report):
         "recovery training | none",
     ):
         assert text in card
+
+
+def test_it_says_what_it_was_calibrated_on_but_not_where_that_lay(manifest, plan, report):
+    card = model_card(manifest, plan, report)
+    assert "| calibration | 64 questions of `vqav2 (train)` |" in card and "/home" not in card
+
+
+def test_only_what_was_done_is_claimed(manifest, plan, report):
+    assert "attention heads were removed and feed-forward matrices were replaced" in model_card(manifest, plan, report)
+    for decision in plan.layers:
+        decision.ranks = dict.fromkeys(decision.ranks)
+    card = model_card(manifest, plan, report)
+    assert "attention heads were removed, then" in card and "were replaced" not in card
 
 
 def test_no_times_so_that_the_same_inputs_give_the_same_bytes(manifest, plan, report):

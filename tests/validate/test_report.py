@@ -50,13 +50,19 @@ def test_numerics_is_always_a_gate(report):
 @pytest.mark.parametrize(("allowed", "passed"), [(2.5, True), (2.4, False), (3.0, True)])
 def test_largest_drop(report, allowed, passed):
     gate = judge(report, max_drop=allowed)["max_drop"]
-    assert gate.passed is passed and gate.measured == "2.50 points on vqa"
+    assert gate.passed is passed and gate.measured == "2.50 points lost on vqa"
 
 
 @pytest.mark.parametrize(("wanted", "passed"), [(1.42, True), (1.43, False)])
 def test_smallest_speedup_is_end_to_end(report, wanted, passed):
     assert report.latency["ort"]["end_to_end"].speedup == pytest.approx(20 / 14)
     assert judge(report, min_speedup=wanted)["min_speedup"].passed is passed
+
+
+def test_a_gain_is_not_called_a_loss(report):
+    report.accuracy["vqa"].drop_points = -1.5
+    gate = judge(report, max_drop=0)["max_drop"]
+    assert gate.passed and gate.measured == "1.50 points gained on vqa"
 
 
 def test_a_gate_on_something_not_measured_does_not_pass(report):
@@ -70,6 +76,6 @@ def test_a_gate_on_something_not_measured_does_not_pass(report):
 def test_failed_gates_are_exit_code_1_and_named(report):
     report.raise_for_gates()
     report.gates = judge(report, max_drop=1, min_speedup=2)
-    with pytest.raises(GateFailed, match=r"max_drop: 2.50 points on vqa, required at most 1 points on any task; min_speedup") as e:
+    with pytest.raises(GateFailed, match=r"max_drop: 2.50 points lost on vqa, required at most 1 points on any task; min_speedup") as e:
         report.raise_for_gates()
     assert e.value.exit_code == 1 and not report.passed

@@ -176,7 +176,9 @@ def test_an_engine_that_opens_and_does_not_run_fails_the_gate(bundle, make_sessi
     monkeypatch.setattr(make_session, "prefill", refuse)
     report = validate_bundle(bundle, seconds=0)
     assert not report.gates["numerics"].passed and "decoder_model_merged.onnx" in report.numerics["generation"].message
-    assert not report.latency and "no engine of this bundle runs here" in {e.reason for e in report.not_measured}
+    assert not report.accuracy and not report.latency
+    unrun = {e.what for e in report.not_measured if e.reason == "no engine of this bundle runs here"}
+    assert unrun == {"accuracy", "latency"}
 
 
 def test_an_engine_asked_for_by_name_has_to_run(bundle):
@@ -184,6 +186,22 @@ def test_an_engine_asked_for_by_name_has_to_run(bundle):
         validate_bundle(bundle, engines=["trt"], seconds=0)
     only = validate_bundle(bundle, engines=["ort"], evaluation={}, seconds=0)
     assert "vision_encoder" in only.numerics and only.numerics["vision_encoder"].engine == "ort"
+
+
+def test_a_tensorrt_engine_is_judged_by_the_type_it_was_built_in(bundle, make_session, monkeypatch):
+    opened = []
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        opened.append((engine, dtype))
+        return make_session(7 if original else 0, **SIZES, dtype="float16" if engine == "trt" or dtype == "fp16" else "float32")
+
+    monkeypatch.setattr(Session, "open", open_session)
+    bundle.manifest.dtypes = ["fp32", "fp16"]
+    report = validate_bundle(bundle, engines=["onnx", "trt"], evaluation={}, seconds=0)
+    assert {(r.engine, r.dtype) for r in report.numerics.values()} == {("onnx", "fp32"), ("onnx", "fp16"), ("trt", "fp16")}
+    assert {"generation", "generation_fp16", "generation_trt_fp16"} <= set(report.numerics)
+    assert list(report.latency) == ["trt"] and report.latency_settings["trt"].dtype == "fp16"
+    assert opened.count(("trt", "fp32")) == 1, "once to see what it is, then by its own type"
 
 
 def test_another_workload_has_its_own_flops(bundle):

@@ -159,7 +159,7 @@ letter, colour, shape, size; what lies to each side). Then {joint_steps:,} steps
 questions for the whole network, {schedule}; loss on the answer and its end, and the patch labels
 at a small weight. Yes/no questions of easy-VQA are weighted by inverse answer frequency. Nothing in the
 training makes the network easier to compress: no sparsity, no low rank, no distillation, no dropout.
-
+{note}
 `tools/train_tiny_llava.py` trains it again. {repeatable}
 
 ## Limits
@@ -199,6 +199,7 @@ def report(folder: Path, step: int, joint_steps: int, elapsed: float, args: argp
         joint_steps=joint_steps,
         joint_batch=sum(JOINT_MIX.values()),
         schedule="/".join(f"{count} {task}" for task, count in JOINT_MIX.items()),
+        note=f"{args.note}\n" if args.note else "",
         repeatable="With `--steps` the run is repeatable."
         if args.steps
         else "This run's schedule followed the clock, so it is not repeatable bit by bit; with `--steps` it would be.",

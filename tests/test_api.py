@@ -1,0 +1,39 @@
+"""The Python interface, used as the README shows it."""
+
+import pytest
+
+import infoprune_export as ip
+from infoprune_export.errors import InputError
+
+
+def test_plan_apply_export_validate_load(small_model, tmp_path):
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    plan = ip.plan(small_model, flops=0.7, samples=12)
+    assert "0.7 asked" in str(plan)
+    plan.save(tmp_path / "plan")
+    model = LlavaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
+    before = sum(p.numel() for p in model.parameters())
+    small = ip.apply(model, type(plan).load(tmp_path / "plan"))
+    assert sum(p.numel() for p in small.parameters()) < before == sum(p.numel() for p in model.parameters())
+    bundle = ip.export(small, AutoProcessor.from_pretrained(small_model), tmp_path / "bundle", targets=["onnx"])
+    assert bundle.manifest.source == plan.source
+    report = ip.validate(tmp_path / "bundle")
+    assert report.passed
+    assert any("original" in x.what for x in report.not_measured)
+    again = ip.load(tmp_path / "bundle")
+    assert all(torch.equal(p, dict(small.named_parameters())[n]) for n, p in again.named_parameters())
+
+
+def test_a_model_without_a_plan_is_not_exported(small_model, tmp_path):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(small_model)
+    with pytest.raises(InputError, match="has no plan attached"):
+        ip.export(model, AutoProcessor.from_pretrained(small_model), tmp_path / "bundle")
+
+
+def test_what_is_no_bundle_is_not_loaded(tmp_path):
+    with pytest.raises(InputError, match="holds no compressed model"):
+        ip.load(tmp_path)
