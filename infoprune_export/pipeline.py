@@ -95,7 +95,7 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
     from infoprune_export.validate.reference import ReferencePrompt
 
     data = list(job.recipe.evaluation.values()) or job.recipe.calibration
-    questions = job.questions(data, REFERENCE_PROMPTS)
+    questions = job.questions([s.model_copy(update={"samples": None}) for s in data], REFERENCE_PROMPTS)
     distinct = list(dict.fromkeys(q.image for q in questions))[:REFERENCE_IMAGES]
     row = {image: i for i, image in enumerate(distinct)}
     # Questions about an image past the limit are asked about another one: any image will do to compare two runtimes.

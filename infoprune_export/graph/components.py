@@ -242,8 +242,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention as one ONNX node, which groups query heads itself and leaves keys and values unrepeated."""
-    # Opset 23's node rather than MatMul and Softmax: ONNX Runtime and TensorRT both have one fused kernel for it in half precision.
-    # It has no `softmax_precision`, which TensorRT refuses; both compute the softmax in fp32 without being told.
+    # Opset 23's node rather than MatMul and Softmax: ONNX Runtime has one kernel for it in fp32 and fp16 (measured to sum in fp32 over
+    # 20,000 keys), TensorRT-RTX a dedicated one in fp16. No `softmax_precision`: TensorRT refuses it, ONNX Runtime does not need it.
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     inputs = (query, key, value) if attention_mask is None else (query, key, value, attention_mask)
     y = torch.onnx.ops.symbolic("Attention", inputs, {"scale": scale}, dtype=query.dtype, shape=query.shape, version=OPSET)

@@ -22,6 +22,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
+from infoprune_export.errors import InputError
 from infoprune_export.graph.components import OPSET, Component, split
 from infoprune_export.graph.fusions import fuse_rotary
 from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, save_graph
@@ -78,10 +79,13 @@ def export_graphs(
 
     Returns:
         Component name to path of its graph.
+
+    Raises:
+        InputError: the model has something that no graph can express, or that the exporter cannot trace.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
     modules = split(model, anatomy, TORCH_DTYPES[dtype])
     ports = _ports(model, anatomy, TORCH_DTYPES[dtype])
+    out_dir.mkdir(parents=True, exist_ok=True)
     paths, shared = {}, {}
     for component in COMPONENTS:
         if progress:
@@ -102,8 +106,11 @@ def trace(module: Component, ports: Ports) -> ir.Model:
     args = _nested(flat) if len(flat) > 1 else tuple(flat)
     shapes = _nested(dynamic) if len(flat) > 1 else tuple(dynamic)
     with _quiet():
-        program = torch.onnx.export(module, args, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, optimize=False, verbose=False)
-    graph = program.model
+        try:
+            graph = torch.onnx.export(module, args, opset_version=OPSET, dynamic_shapes=shapes, optimize=False, verbose=False).model
+        except torch.onnx.OnnxExporterError as e:
+            what = f"PyTorch's exporter cannot trace it ({(str(e).splitlines() or [type(e).__name__])[0]})"
+            raise InputError(what, where=type(module).__name__, mend="run again with -vv for the exporter's own report") from e
     _name_weights(graph, module)
     _simplify(graph)
     _name_ports(graph, ports)
