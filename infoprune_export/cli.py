@@ -184,7 +184,7 @@ def build(directory: Path, targets: tuple[str, ...], archs: list[str], **given: 
 
     progress = _progress(given)
     for target in targets:
-        for path in build_bundle(directory, target, archs=archs, progress=lambda name, t=target: progress.note(f"building {name} for {t}")):
+        for path in build_bundle(directory, target, archs=archs, progress=progress):
             _say(str(path))
 
 

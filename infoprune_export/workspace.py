@@ -78,7 +78,7 @@ class Workspace:
                     directory.rmdir()
                 except OSError:
                     break
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error is not None and _is_full_disk(error):
             raise NotEnough(
                 "the disk is full, or a file may not grow further",
                 where=self.out.parent,
@@ -125,7 +125,8 @@ def check_output(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError("is a file", where=out, mend="choose another --out")
     parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    read_only = parent.is_dir() and os.statvfs(parent).f_blocks == 0  # file systems without blocks, such as /proc, hold no files
+    if not parent.is_dir() or read_only or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError("cannot be written", where=parent, mend="choose another --out")
 
 
@@ -143,6 +144,16 @@ def check_disk(out: Path, needed: int) -> None:
             where=parent,
             mend="make space, choose another --out, or leave the original out with --no-original",
         )
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether an error is the disk's: Python's own, or one that a library written in another language tells as text."""
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    return any(f"os error {code})" in str(error) or os.strerror(code) in str(error) for code in FULL_DISK)
 
 
 def _lock(path: Path, out: Path) -> IO[str]:

@@ -82,7 +82,7 @@ def test_weights_of_another_shape(run, model_copy, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(model_copy / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("language_model.layers.1.mlp.up_proj.weight"))
+    name = next(n for n in tensors if "layers.1.mlp.up_proj.weight" in n)
     tensors[name] = tensors[name][:-1].copy()
     save_file(tensors, model_copy / "model.safetensors", metadata={"format": "pt"})
     assert "up_proj" in refused(run, model_copy, tmp_path)

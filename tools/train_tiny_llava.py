@@ -32,9 +32,9 @@ from tiny_model.dense import DenseHeads
 from tiny_model.packing import Encoder, answer_logits, answer_loss, pack, vision_features
 from tiny_model.scoring import accuracy
 
-# Images per step and task. Scenes are the hardest to learn, easy-VQA the easiest.
+# Images per step and task. Words are the first to be read, yes and no the last to be told apart.
 VISION_MIX = {"vqa": 4, "text": 20, "gqa": 8}
-JOINT_MIX = {"vqa": 3, "text": 6, "gqa": 7}
+JOINT_MIX = {"vqa": 7, "text": 2, "gqa": 7}
 # In the second stage the patch labels stay on as an auxiliary loss.
 DENSE_WEIGHT = 0.2
 SAVE_EVERY_S = 90

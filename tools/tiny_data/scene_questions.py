@@ -122,6 +122,43 @@ _MAKERS: tuple[Maker, ...] = (
 )
 
 
+def _exist_attribute(rng: random.Random, things: list[Thing]) -> Question:
+    """Is there a red shape? Is there a circle?"""
+    shown, every, form = rng.choice(
+        (
+            ({t.color for t in things}, SCENE_COLORS, "{} shape"),
+            ({t.shape for t in things}, SHAPES, "{}"),
+        )
+    )
+    if rng.random() < 0.5:
+        return Question(f"is there {_article(form.format(rng.choice(sorted(shown))))}?", "yes", "exist attribute")
+    absent = rng.choice([value for value in every if value not in shown])
+    return Question(f"is there {_article(form.format(absent))}?", "no", "exist attribute")
+
+
+def _verify_attribute(rng: random.Random, things: list[Thing]) -> Question:
+    """Is the circle red? Asked of a kind of shape that the scene shows once, if there is one."""
+    lone = [t for t in things if sum(o.shape == t.shape for o in things) == 1]
+    if not lone:
+        return _exist_attribute(rng, things)
+    thing = rng.choice(lone)
+    if rng.random() < 0.5:
+        return Question(f"is the {thing.shape} {thing.color}?", "yes", "verify attribute")
+    others = sorted({t.color for t in things} - {thing.color}) or [c for c in SCENE_COLORS if c != thing.color]
+    return Question(f"is the {thing.shape} {rng.choice(others)}?", "no", "verify attribute")
+
+
+#: One-step yes/no questions that only training asks: a network learns to
+#: compare on these first.
+_WARM_UP: tuple[Maker, ...] = (_exist_attribute, _exist_attribute, _verify_attribute, _exist)
+
+
+def warm_up(rng: random.Random, things: list[Thing], count: int) -> list[Question]:
+    """Returns up to `count` different one-step yes/no questions."""
+    asked = [rng.choice(_WARM_UP)(rng, things) for _ in range(count)]
+    return list({question.text: question for question in asked}.values())
+
+
 def ask(rng: random.Random, things: list[Thing], count: int) -> list[Question]:
     """Returns `count` different questions about a scene."""
     asked: dict[str, Question] = {}
@@ -138,4 +175,11 @@ def sample(rng: random.Random, count: int = 8) -> Sample:
     """Returns a fresh scene with `count` questions."""
     scene = render(rng)
     scene.questions = ask(rng, scene.info["things"], count)
+    return scene
+
+
+def training_sample(rng: random.Random) -> Sample:
+    """Returns a fresh scene with questions of the task and one-step ones."""
+    scene = sample(rng, 6)
+    scene.questions += warm_up(rng, scene.info["things"], 4)
     return scene

@@ -26,7 +26,7 @@ def training_sample(task: str, rng: random.Random) -> Sample:
         return easy_shapes.training_sample(rng)
     if task == "text":
         return text_images.training_sample(rng)
-    return scene_questions.sample(rng)
+    return scene_questions.training_sample(rng)
 
 
 def calibration(task: str, count: int, limit: int | None = None) -> Iterator[Sample]:

@@ -124,10 +124,12 @@ def render(rng: random.Random, word: str, limit: int | None = None) -> Sample:
 
 
 def training_sample(rng: random.Random) -> Sample:
-    """Returns a fresh training image, asked about in every form."""
+    """Returns a fresh training image.
+
+    A word is several tokens: it counts as two questions, not as five.
+    """
     sample = render(rng, words.pick_for_training(rng))
-    word = sample.questions.pop(0).answer
-    sample.questions += [Question(form, word, "word") for form in _WORD_FORMS]
+    sample.questions[0].weight = 2 / len(sample.questions[0].answer)
     return sample
 
 
