@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, require_export, resolve
-from infoprune_export.plan import Plan
+from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Dtype, Scope, TargetName
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
     from infoprune_export.models.load import SourceModel
-    from infoprune_export.validate.report import Report
+    from infoprune_export.validation.report import Report
 
 
 def plan(
@@ -149,12 +149,12 @@ def validate(
         original: A bundle of the original, if this one does not hold it.
         max_drop: Gate: largest loss of accuracy, in points.
         min_speedup: Gate: smallest end-to-end speed-up.
-        options: Further arguments of `validate.validate.validate_bundle`.
+        options: Further arguments of `validation.validate.validate_bundle`.
 
     Returns:
         The report; `report.passed` says whether its gates passed.
     """
-    from infoprune_export.validate.validate import validate_bundle
+    from infoprune_export.validation.validate import validate_bundle
 
     bundle = Bundle.open(directory)
     baseline = None if original is None else Bundle.open(original)

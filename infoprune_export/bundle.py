@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoprune_export.errors import InputError
-from infoprune_export.plan import Plan, Source
+from infoprune_export.plans import Plan, Source
 from infoprune_export.recipe import Dtype, Recipe, Scope, TargetName, Workload, first_problem
 
 SCHEMA_VERSION = 1

@@ -197,7 +197,7 @@ def build(directory: Path, targets: tuple[str, ...], archs: list[str], **given: 
 def validate(directory: Path, original: Path | None, as_json: bool, **given: Any) -> None:
     """Measure a bundle against its original; write report.json and report.html."""
     from infoprune_export.bundle import Bundle
-    from infoprune_export.validate.validate import validate_bundle
+    from infoprune_export.validation.validate import validate_bundle
 
     bundle = Bundle.open(directory)
     progress = _progress(given)
@@ -221,7 +221,7 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 def bench(directory: Path, seconds: float, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
     """Time a bundle and its original, interleaved."""
     from infoprune_export.bundle import Bundle
-    from infoprune_export.validate.bench import bench_bundle
+    from infoprune_export.validation.bench import bench_bundle
 
     progress = _progress(given)
     engines = None if engine is None else [engine]
@@ -330,7 +330,7 @@ def _show_report(directory: Path, report: Any, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
     else:
-        from infoprune_export.validate.summary import summary_table
+        from infoprune_export.validation.summary import summary_table
 
         _print(summary_table(report))
         _say(f"bundle: {directory}    report: {directory}/report.html")

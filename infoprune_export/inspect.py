@@ -10,7 +10,7 @@ from infoprune_export.bundle import MANIFEST, Bundle
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Layer, Linear
 from infoprune_export.models.flops import DENOMINATORS, layer_flops, tower_passes
-from infoprune_export.plan import LayerPlan, Plan
+from infoprune_export.plans import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from rich.table import Table

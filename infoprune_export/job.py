@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.plan import Plan, read_factors
+from infoprune_export.plans import Plan, read_factors
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
 

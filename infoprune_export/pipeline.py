@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,15 +19,13 @@ from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
 from infoprune_export.models.flops import DENOMINATORS, count
-from infoprune_export.plan import Plan
+from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Dtype, Recipe
 from infoprune_export.workspace import Workspace, check_disk, check_output
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from infoprune_export.validate.report import Report
+    from infoprune_export.validation.report import Report
 
 ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
@@ -61,6 +58,8 @@ def run(job: Job) -> tuple[Bundle, Report]:
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
     _check_targets(recipe, options)
+    if recipe.evaluation:
+        job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     weights = sum(p.stat().st_size for p in _weight_files(job))
     check_disk(options.out, weights * (2 + len(dtypes) + 2 * keep_original))
     with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
@@ -92,7 +91,7 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
     """What the smaller model answers in PyTorch, for every later check of its graphs."""
     from infoprune_export.compress.network import load_network
     from infoprune_export.graph.reference import record_reference
-    from infoprune_export.validate.reference import ReferencePrompt
+    from infoprune_export.validation.reference import ReferencePrompt
 
     data = list(job.recipe.evaluation.values()) or job.recipe.calibration
     questions = job.questions([s.model_copy(update={"samples": None}) for s in data], REFERENCE_PROMPTS)
@@ -112,21 +111,30 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
 
 
 def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, progress: Progress) -> None:
+    """The graphs of both networks: the original is traced and the plan applied to its graphs, or the smaller one is traced itself.
+
+    Both routes give the same network; the first costs one trace for each type instead of two.
+    """
     from infoprune_export.compress.network import load_network
     from infoprune_export.graph.export import export_graphs
+    from infoprune_export.graph.rewrite import rewrite_graphs
 
-    anatomy = Plan.read(root / "plan.json").anatomy
+    plan = Plan.load(root)
     for folder in ("onnx", "original"):
         shutil.rmtree(root / folder, ignore_errors=True)
-    networks: list[tuple[str, Path, Callable[[], nn.Module]]] = [("compressed", root / "onnx", lambda: load_network(root))]
-    if keep_original:
-        networks.append(("original", root / "original" / "onnx", job.checkpoint.load_model))
-        job.checkpoint.check_unchanged()
-    for name, out, load in networks:
-        model = load()
+    if not keep_original:
+        small = load_network(root)
         for dtype in dtypes:
-            with progress.step(f"exporting the {name} network ({dtype})"):
-                export_graphs(model, anatomy, out, dtype)
+            with progress.step(f"exporting the compressed network ({dtype})"):
+                export_graphs(small, plan.anatomy, root / "onnx", dtype)
+        return
+    job.checkpoint.check_unchanged()
+    original = job.checkpoint.load_model()
+    for dtype in dtypes:
+        with progress.step(f"exporting the original network ({dtype})"):
+            export_graphs(original, plan.anatomy, root / "original" / "onnx", dtype)
+        with progress.step(f"applying the plan to its graphs ({dtype})"):
+            rewrite_graphs(root / "original" / "onnx", plan, plan.factors or {}, root / "onnx", dtype)
 
 
 def _engines(recipe: Recipe, plan: Plan, root: Path, options: Options, keep_original: bool, progress: Progress) -> None:
@@ -188,8 +196,8 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
 
 def _validate(job: Job, bundle: Bundle) -> Report:
     """Measures the bundle before it is put in place; the card quotes its figures, so it is hashed after this."""
-    from infoprune_export.validate.card import model_card
-    from infoprune_export.validate.validate import validate_bundle
+    from infoprune_export.validation.card import model_card
+    from infoprune_export.validation.validate import validate_bundle
 
     recipe, plan = job.recipe, bundle.plan()
     report = validate_bundle(

@@ -66,7 +66,7 @@ def test_loading_gives_the_same_logits_bit_for_bit(bundle, small_model):
     import infoprune_export as ip
     from infoprune_export.compress.surgery import apply_plan
     from infoprune_export.models.load import locate
-    from infoprune_export.plan import Plan
+    from infoprune_export.plans import Plan
 
     before = locate(str(small_model)).load_model()
     plan = Plan.load(bundle)
@@ -166,11 +166,8 @@ def test_an_external_data_path_that_leaves_the_bundle(run, bundle_copy):
     onnx.save(model, graph)
     opened = Bundle.open(bundle_copy, verify=False)
     opened.write_manifest()
-    assert (
-        "secret" in run("generate", bundle_copy, "--image", bundle_copy / "report.html", "--prompt", "x", "--engine", "onnx", code=2).stderr
-        or True
-    )
-    assert "leaves" in run("build", bundle_copy, "--target", "ort", code=2).stderr
+    for verb in (["generate", bundle_copy, "--prompt", "x", "--engine", "onnx"], ["build", bundle_copy, "--target", "ort"]):
+        assert "../../../secret" in run(*verb, code=2).stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])

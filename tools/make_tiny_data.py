@@ -30,15 +30,9 @@ def write(out: Path) -> None:
     """Writes both directories below `out`."""
     tiny, tiny_val = out / "tiny", out / "tiny_val"
 
-    official.write_vqa(
-        tiny / "vqa", "train2014", calibration("vqa", CALIBRATION_IMAGES, VQA_CALIBRATION_QUESTIONS)
-    )
-    official.write_vqa(
-        tiny / "vqa", "val2014", evaluation("vqa", "test", TEST_IMAGES["vqa"], VQA_TEST_QUESTIONS)
-    )
-    official.write_vqa(
-        tiny_val / "vqa", "val2014", evaluation("vqa", "val", VALIDATION_IMAGES, VQA_VALIDATION_QUESTIONS)
-    )
+    official.write_vqa(tiny / "vqa", "train2014", calibration("vqa", CALIBRATION_IMAGES, VQA_CALIBRATION_QUESTIONS))
+    official.write_vqa(tiny / "vqa", "val2014", evaluation("vqa", "test", TEST_IMAGES["vqa"], VQA_TEST_QUESTIONS))
+    official.write_vqa(tiny_val / "vqa", "val2014", evaluation("vqa", "val", VALIDATION_IMAGES, VQA_VALIDATION_QUESTIONS))
 
     official.write_textvqa(
         tiny / "textvqa",

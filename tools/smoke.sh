@@ -23,7 +23,7 @@ infoprune-export doctor
 python - <<'PYTHON'
 import sys
 
-import infoprune_export.engines.build, infoprune_export.runtime.session, infoprune_export.validate.report  # noqa: E401
+import infoprune_export.engines.build, infoprune_export.runtime.session, infoprune_export.validation.report  # noqa: E401
 
 heavy = sorted({"torch", "transformers"} & set(sys.modules))
 sys.exit(f"smoke: engines, runtime or validate import {', '.join(heavy)}" if heavy else 0)

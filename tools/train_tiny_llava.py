@@ -74,9 +74,7 @@ class Run:
         vision = [*self.model.model.vision_tower.parameters(), *self.heads.parameters()]
         known = {id(p) for p in vision}
         language = [p for p in self.model.parameters() if id(p) not in known]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": vision}, {"params": language}], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01
-        )
+        self.optimizer = torch.optim.AdamW([{"params": vision}, {"params": language}], lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.parameters = vision + language
         self.pool = ThreadPoolExecutor(args.threads)
         self.step, self.joint_steps, self.elapsed, self.history = 0, 0, 0.0, []
@@ -178,8 +176,7 @@ class Run:
     def validate(self, images: int) -> dict[str, float]:
         """Returns the validation accuracy of every task."""
         return {
-            task: accuracy(self.model, self.encoder, splits.evaluation(task, "val", images))["all"]["accuracy"]
-            for task in splits.TASKS
+            task: accuracy(self.model, self.encoder, splits.evaluation(task, "val", images))["all"]["accuracy"] for task in splits.TASKS
         }
 
 

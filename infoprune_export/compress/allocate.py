@@ -91,7 +91,8 @@ def allocate(units: list[UnitChoice], ranks: list[RankChoice], budget: int, fixe
     if least > budget:
         total = fixed + sum(u.cost for u in units) + sum(int(m.costs[-1]) for m in matrices)
         raise InputError(
-            f"a budget of {budget / total:.3f} cannot be reached: one head group in every layer and the smallest ranks still keep {least / total:.3f}",
+            f"a budget of {budget / total:.3f} cannot be reached: "
+            f"one head group in every layer and the smallest ranks still keep {least / total:.3f}",
             mend=f"ask for --flops {np.ceil(1000 * least / total) / 1000:.3f} or more, or widen --scope",
         )
 

@@ -10,7 +10,7 @@ from infoprune_export.compress.lowrank import spectrum, weighting
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.models.anatomy import Anatomy, Layer, site
 from infoprune_export.models.flops import attention_flops, count, linear_macs, tower_passes
-from infoprune_export.plan import Budget, LayerPlan, Plan, Source
+from infoprune_export.plans import Budget, LayerPlan, Plan, Source
 from infoprune_export.recipe import Criterion, Scope, Workload
 
 

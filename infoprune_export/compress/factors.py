@@ -19,7 +19,7 @@ from infoprune_export.compress.lowrank import factorise, weighting
 from infoprune_export.compress.statistics import Batch, Moments, Statistics, input_side, without_bias
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.models.anatomy import Layer, Tower, site
-from infoprune_export.plan import Factors, LayerPlan, Plan
+from infoprune_export.plans import Factors, LayerPlan, Plan
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 from infoprune_export.compress.surgery import shape_as_planned
 from infoprune_export.errors import InputError
-from infoprune_export.plan import Plan
+from infoprune_export.plans import Plan
 
 
 def load_network(root: Path) -> nn.Module:

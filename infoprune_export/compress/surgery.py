@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Attention, Layer, Linear, site
-from infoprune_export.plan import Factors, LayerPlan, Plan
+from infoprune_export.plans import Factors, LayerPlan, Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, factors: Factors) -> None:

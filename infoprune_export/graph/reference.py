@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from infoprune_export.errors import InputError
-from infoprune_export.validate.reference import Reference, ReferencePrompt, text_tokens
+from infoprune_export.validation.reference import Reference, ReferencePrompt, text_tokens
 
 
 def record_reference(

@@ -18,7 +18,7 @@ from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_fi
 from infoprune_export.errors import InputError
 from infoprune_export.graph.storage import SITES_KEY, data_file, load_graph, metadata, save_graph, set_metadata, weight_files
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Attention, Layer, site
-from infoprune_export.plan import Factors, LayerPlan, Plan
+from infoprune_export.plans import Factors, LayerPlan, Plan
 from infoprune_export.recipe import Dtype
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from infoprune_export.models.anatomy import Anatomy, Layer, Linear
 
 if TYPE_CHECKING:
-    from infoprune_export.plan import LayerPlan, Plan
+    from infoprune_export.plans import LayerPlan, Plan
     from infoprune_export.recipe import Workload
 
 

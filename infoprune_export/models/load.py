@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.bundle import file_sha256
 from infoprune_export.errors import InputError, NotEnough
 from infoprune_export.models.families import check_family
-from infoprune_export.plan import Source
+from infoprune_export.plans import Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -74,7 +74,12 @@ class SourceModel:
         _check_memory(self.directory)
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(
-                self.directory, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+                self.directory,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         except Exception as e:  # transformers raises anything from KeyError to SafetensorError here
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__

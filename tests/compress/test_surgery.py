@@ -12,7 +12,7 @@ from infoprune_export.compress.statistics import gather
 from infoprune_export.compress.surgery import apply_plan, head_rows
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
-from infoprune_export.plan import Source
+from infoprune_export.plans import Source
 from infoprune_export.recipe import Criterion, Workload
 
 WORKLOAD = Workload(image_tokens=16, text_tokens=5, new_tokens=3)

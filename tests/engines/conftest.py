@@ -14,7 +14,7 @@ def bundle(tmp_path):
     from toy_graphs import write_graphs
 
     from infoprune_export.bundle import Bundle, Flops, Manifest
-    from infoprune_export.plan import Source
+    from infoprune_export.plans import Source
     from infoprune_export.recipe import Recipe, Workload
 
     root = tmp_path / "bundle"

@@ -11,7 +11,7 @@ from networks import IMAGE_TOKEN, IMAGE_TOKENS
 
 from infoprune_export.errors import InputError
 from infoprune_export.graph.reference import record_reference
-from infoprune_export.validate.reference import ReferencePrompt, read_reference
+from infoprune_export.validation.reference import ReferencePrompt, read_reference
 
 EOS, NEW_TOKENS = 7, 6
 
@@ -88,7 +88,7 @@ def test_reading_needs_no_pytorch(recorded):
     code = f"""
 import sys
 from pathlib import Path
-from infoprune_export.validate.reference import read_reference
+from infoprune_export.validation.reference import read_reference
 assert len(read_reference(Path({str(recorded)!r})).prompts) == 12
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """

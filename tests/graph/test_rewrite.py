@@ -19,7 +19,7 @@ from infoprune_export.graph.rewrite import rewrite_graphs
 from infoprune_export.graph.storage import SITES_KEY, load_graph, metadata
 from infoprune_export.models.anatomy import site
 from infoprune_export.models.flops import count
-from infoprune_export.plan import Source
+from infoprune_export.plans import Source
 from infoprune_export.recipe import Criterion, Workload
 
 WORKLOAD = Workload(batch=2, images=1, image_tokens=16, text_tokens=5, new_tokens=4)

@@ -12,7 +12,7 @@ from onnx import TensorProto
 from toy_network import TOKENS, Toy
 
 from infoprune_export.bundle import Bundle, Flops, Manifest
-from infoprune_export.plan import Source
+from infoprune_export.plans import Source
 from infoprune_export.recipe import Recipe, Workload
 
 MODEL = Path(str(resources.files("infoprune_export"))) / "models" / "tiny_llava"

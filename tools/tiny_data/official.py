@@ -65,10 +65,7 @@ def write_vqa(folder: Path, subtype: str, samples: Iterable[Sample]) -> None:
                     "question_type": " ".join(question.text.rstrip("?").split()[:3]),
                     "answer_type": _answer_type(question.answer),
                     "multiple_choice_answer": question.answer,
-                    "answers": [
-                        {"answer": question.answer, "answer_confidence": "yes", "answer_id": n}
-                        for n in range(1, 11)
-                    ],
+                    "answers": [{"answer": question.answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)],
                 }
             )
     head = {

@@ -52,9 +52,7 @@ def _relate_verify(rng: random.Random, things: list[Thing]) -> Question:
     else:
         # A wrong colour that the picture shows is a better trap than any other.
         shown = sorted({t.color for t in things} - {target.color})
-        color = rng.choice(shown) if shown and rng.random() < 0.7 else rng.choice(
-            [c for c in SCENE_COLORS if c != target.color]
-        )
+        color = rng.choice(shown) if shown and rng.random() < 0.7 else rng.choice([c for c in SCENE_COLORS if c != target.color])
         answer = "no"
     what = rng.choice(("shape", target.shape))
     return Question(f"is the {what} {direction} the {anchor.name} {color}?", answer, "relate verify")

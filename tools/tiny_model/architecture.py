@@ -67,9 +67,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner.train_from_iterator(
         _corpus(),
-        trainers.BpeTrainer(
-            vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=len(alphabet) + MERGES, initial_alphabet=alphabet, show_progress=False),
     )
     import json
 
@@ -83,9 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     final = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     final.pre_tokenizer = byte_level
     final.decoder = decoders.ByteLevel()
-    final.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, EOS, IMAGE)]
-    )
+    final.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (PAD, BOS, EOS, IMAGE)])
     return PreTrainedTokenizerFast(
         tokenizer_object=final,
         bos_token=BOS,

@@ -28,14 +28,10 @@ def generated(model: LlavaForConditionalGeneration, processor, samples: list[Sam
     hits, ended = [], 0
     for sample in samples:
         prompts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}]
-            )
+            processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.text}]}])
             for q in sample.questions
         ]
-        inputs = processor(
-            images=[[sample.image]] * len(prompts), text=prompts, padding=True, return_tensors="pt"
-        ).to(model.device)
+        inputs = processor(images=[[sample.image]] * len(prompts), text=prompts, padding=True, return_tensors="pt").to(model.device)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=12)
         new = output[:, inputs["input_ids"].shape[1] :]
         ended += int((new == processor.tokenizer.eos_token_id).any(1).sum())

@@ -56,9 +56,7 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out:
         tokenizer = json.loads(tokenizer_path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         tokenizer_path.write_text(json.dumps(tokenizer, indent=2, sort_keys=True) + "\n")
         images = json.loads((staging / "processor_config.json").read_text())["image_processor"]
-        (staging / "preprocessor_config.json").write_text(
-            json.dumps(images, indent=2, sort_keys=True) + "\n"
-        )
+        (staging / "preprocessor_config.json").write_text(json.dumps(images, indent=2, sort_keys=True) + "\n")
         for file in sorted(staging.iterdir()):
             file.chmod(0o644)
             os.replace(file, out / file.name)

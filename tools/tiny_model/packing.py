@@ -31,9 +31,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.eos = tokenizer.eos_token_id
         self.pad = tokenizer.pad_token_id
-        self._ids = lru_cache(maxsize=50_000)(
-            lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+        self._ids = lru_cache(maxsize=50_000)(lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def prompt(self, question: str) -> tuple[int, ...]:
         """Returns the ids that follow the image."""

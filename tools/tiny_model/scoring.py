@@ -23,9 +23,7 @@ def _batches(samples: Iterable[Sample], size: int):
 
 
 @torch.no_grad()
-def accuracy(
-    model: LlavaForConditionalGeneration, encoder: Encoder, samples: Iterable[Sample], batch_size: int = 32
-) -> dict[str, dict]:
+def accuracy(model: LlavaForConditionalGeneration, encoder: Encoder, samples: Iterable[Sample], batch_size: int = 32) -> dict[str, dict]:
     """Returns `{kind: {"accuracy", "n"}}`, with `all` first.
 
     Word images add `seen words` and `unseen words` (whole-word questions only).

@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from infoprune_export.validate import figures
-from infoprune_export.validate.report import PartLatency, Report
+from infoprune_export.validation import figures
+from infoprune_export.validation.report import PartLatency, Report
 
 
 def summary_table(report: Report) -> RenderableType:

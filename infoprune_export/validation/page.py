@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infoprune_export.models.anatomy import TOWERS, Layer, Linear
-from infoprune_export.plan import Plan
-from infoprune_export.validate import figures
-from infoprune_export.validate.report import GenerationNumerics, Report
+from infoprune_export.plans import Plan
+from infoprune_export.validation import figures
+from infoprune_export.validation.report import GenerationNumerics, Report
 
 TOWER_NAMES = {"vision": "Vision tower", "language": "Language model"}
 
@@ -100,7 +100,7 @@ def report_page(report: Report, plan: Plan | None = None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("infoprune_export.validate", "templates"),
+        loader=PackageLoader("infoprune_export.validation", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -15,11 +15,11 @@ from infoprune_export.errors import InfoPruneError, InputError, MissingRequireme
 from infoprune_export.recipe import DataSource, Dtype, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import EngineName, Session
-from infoprune_export.validate import accuracy, latency, numerics, tasks
-from infoprune_export.validate.baseline import Baseline, find_baseline
-from infoprune_export.validate.generation import dtype_of, limits_of
-from infoprune_export.validate.reference import read_reference
-from infoprune_export.validate.report import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Report, Size, judge
+from infoprune_export.validation import accuracy, latency, numerics, tasks
+from infoprune_export.validation.baseline import Baseline, find_baseline
+from infoprune_export.validation.generation import dtype_of, limits_of
+from infoprune_export.validation.reference import read_reference
+from infoprune_export.validation.report import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Report, Size, judge
 
 Notify = Callable[[str], None]
 Progress = Callable[[str, int, int], None]

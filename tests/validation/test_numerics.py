@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from infoprune_export.validate.generation import Limits
-from infoprune_export.validate.numerics import TOLERANCES, Parted, check, compare, describe
+from infoprune_export.validation.generation import Limits
+from infoprune_export.validation.numerics import TOLERANCES, Parted, check, compare, describe
 
 
 def test_identical_networks_pass(session, reference):

@@ -12,12 +12,12 @@ from infoprune_export.bundle import Flops
 from infoprune_export.engines.base import TensorSpec
 from infoprune_export.models.anatomy import Anatomy, Attention, FeedForward, Layer, Linear, Tower, VisionGeometry
 from infoprune_export.models.flops import DENOMINATORS, count
-from infoprune_export.plan import Budget, LayerPlan, Plan, Source
+from infoprune_export.plans import Budget, LayerPlan, Plan, Source
 from infoprune_export.recipe import Criterion, Workload
 from infoprune_export.runtime.config import ModelConfig
-from infoprune_export.validate.latency import kept_by_part, timing
-from infoprune_export.validate.reference import Reference, ReferencePrompt, text_tokens
-from infoprune_export.validate.report import (
+from infoprune_export.validation.latency import kept_by_part, timing
+from infoprune_export.validation.reference import Reference, ReferencePrompt, text_tokens
+from infoprune_export.validation.report import (
     Accuracy,
     ComponentNumerics,
     GenerationNumerics,

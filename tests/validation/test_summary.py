@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from infoprune_export.validate.summary import latency_table, summary_table
+from infoprune_export.validation.summary import latency_table, summary_table
 
 
 def printed(renderable, width: int = 80) -> str:

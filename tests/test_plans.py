@@ -8,7 +8,7 @@ from networks import build
 from infoprune_export.compress.decide import keep_everything
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
-from infoprune_export.plan import Plan, Source, factor_bytes, read_factors
+from infoprune_export.plans import Plan, Source, factor_bytes, read_factors
 from infoprune_export.recipe import Criterion, Workload
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
 from infoprune_export.errors import GateFailed, InputError
-from infoprune_export.plan import Plan, Source
+from infoprune_export.plans import Plan, Source
 from infoprune_export.recipe import Workload, first_problem
 
 SCHEMA_VERSION = 1
@@ -174,7 +174,7 @@ class Report(_Record):
 
     def write(self, directory: Path, plan: Plan | None = None) -> None:
         """Writes report.json and report.html, each whole or not at all."""
-        from infoprune_export.validate.page import report_page
+        from infoprune_export.validation.page import report_page
 
         page = report_page(self, plan)
         write_atomically(directory / REPORT_JSON, self.to_json())

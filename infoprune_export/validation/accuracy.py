@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infoprune_export.validate.generation import AMPLE, Limits, continue_greedily, encode_images
-from infoprune_export.validate.report import Accuracy, Interval
+from infoprune_export.validation.generation import AMPLE, Limits, continue_greedily, encode_images
+from infoprune_export.validation.report import Accuracy, Interval
 
 if TYPE_CHECKING:
     from infoprune_export.runtime.session import Session

@@ -8,7 +8,7 @@ import pytest
 from infoprune_export.errors import InputError
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import Workload
-from infoprune_export.validate.latency import flop_parts, interleave, kept_by_part, measure, random_inputs, timing
+from infoprune_export.validation.latency import flop_parts, interleave, kept_by_part, measure, random_inputs, timing
 
 IMAGE_TOKEN = 31
 WORKLOAD = Workload(image_tokens=4, text_tokens=6, new_tokens=5)

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from infoprune_export.validate.page import pictures, report_page
-from infoprune_export.validate.report import NotMeasured
+from infoprune_export.validation.page import pictures, report_page
+from infoprune_export.validation.report import NotMeasured
 
 VOID = {"meta", "br", "hr", "img", "link"}
 

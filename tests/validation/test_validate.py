@@ -16,9 +16,9 @@ from infoprune_export.errors import GateFailed, InputError, MissingRequirement
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
 from infoprune_export.runtime.session import Session
-from infoprune_export.validate.bench import bench_bundle
-from infoprune_export.validate.report import Report
-from infoprune_export.validate.validate import validate_bundle
+from infoprune_export.validation.bench import bench_bundle
+from infoprune_export.validation.report import Report
+from infoprune_export.validation.validate import validate_bundle
 
 TINY = Path(str(resources.files("infoprune_export"))) / "models" / "tiny_llava"
 SIZES = {"vocab": 434, "image_token": 433, "image_tokens": 64, "width": 64}
@@ -98,7 +98,7 @@ def opened(monkeypatch, make_session) -> list[tuple[str, bool]]:
         return make_session(7 if original else 0, **SIZES)
 
     monkeypatch.setattr(Session, "open", open_session)
-    monkeypatch.setattr("infoprune_export.validate.validate.gpus", lambda: [])
+    monkeypatch.setattr("infoprune_export.validation.validate.gpus", lambda: [])
     return seen
 
 

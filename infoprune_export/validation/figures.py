@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from infoprune_export.validate.report import Accuracy, Interval, PartLatency, Report
+from infoprune_export.validation.report import Accuracy, Interval, PartLatency, Report
 
 ABSENT = "-"
 WHOSE = {"all": "its", "vision": "its vision tower's", "language": "its language model's"}

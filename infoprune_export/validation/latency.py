@@ -22,12 +22,12 @@ import numpy as np
 
 from infoprune_export.errors import InputError
 from infoprune_export.recipe import Workload
-from infoprune_export.validate.generation import padding_id
-from infoprune_export.validate.report import PartLatency, Timing
+from infoprune_export.validation.generation import padding_id
+from infoprune_export.validation.report import PartLatency, Timing
 
 if TYPE_CHECKING:
     from infoprune_export.models.anatomy import Anatomy
-    from infoprune_export.plan import Plan
+    from infoprune_export.plans import Plan
     from infoprune_export.runtime.session import Session
 
 ORIGINAL, COMPRESSED = "original", "compressed"

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infoprune_export.bundle import DECODER, EMBED, VISION
-from infoprune_export.validate.generation import AMPLE, Limits, encode_images, greedy_logits
-from infoprune_export.validate.reference import text_tokens
-from infoprune_export.validate.report import ComponentNumerics, GenerationNumerics
+from infoprune_export.validation.generation import AMPLE, Limits, encode_images, greedy_logits
+from infoprune_export.validation.reference import text_tokens
+from infoprune_export.validation.report import ComponentNumerics, GenerationNumerics
 
 if TYPE_CHECKING:
     from infoprune_export.runtime.session import Session
-    from infoprune_export.validate.reference import Reference
+    from infoprune_export.validation.reference import Reference
 
 Notify = Callable[[str], None]
 

@@ -14,9 +14,9 @@ from infoprune_export.recipe import DataSource
 from infoprune_export.runtime.images import ImageProcessor
 from infoprune_export.runtime.prompts import Prompts
 from infoprune_export.runtime.session import Session
-from infoprune_export.validate import accuracy
-from infoprune_export.validate.generation import Limits
-from infoprune_export.validate.report import Accuracy
+from infoprune_export.validation import accuracy
+from infoprune_export.validation.generation import Limits
+from infoprune_export.validation.report import Accuracy
 
 ANSWER_TOKENS = 16
 """Where an answer is cut; the benchmarks' answers are a word or a few."""

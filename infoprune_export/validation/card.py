@@ -11,10 +11,10 @@ from pathlib import PurePath
 
 from infoprune_export.bundle import Manifest
 from infoprune_export.models.anatomy import Layer
-from infoprune_export.plan import LayerPlan, Plan
+from infoprune_export.plans import LayerPlan, Plan
 from infoprune_export.recipe import DataSource
-from infoprune_export.validate import figures
-from infoprune_export.validate.report import Report
+from infoprune_export.validation import figures
+from infoprune_export.validation.report import Report
 
 
 def model_card(manifest: Manifest, plan: Plan, report: Report, licence: str | None = None) -> str:
@@ -29,7 +29,7 @@ def model_card(manifest: Manifest, plan: Plan, report: Report, licence: str | No
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("infoprune_export.validate", "templates"),
+        loader=PackageLoader("infoprune_export.validation", "templates"),
         autoescape=False,
         undefined=StrictUndefined,
         trim_blocks=True,

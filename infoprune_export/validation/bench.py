@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.bundle import Bundle
 from infoprune_export.recipe import Workload
 from infoprune_export.runtime.session import EngineName
-from infoprune_export.validate.baseline import find_baseline
-from infoprune_export.validate.report import Report
-from infoprune_export.validate.validate import Notify, Progress, Run
+from infoprune_export.validation.baseline import find_baseline
+from infoprune_export.validation.report import Report
+from infoprune_export.validation.validate import Notify, Progress, Run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,7 +29,7 @@ class Bench:
 
     def table(self) -> RenderableType:
         """Order statistics, within 80 columns."""
-        from infoprune_export.validate.summary import latency_table
+        from infoprune_export.validation.summary import latency_table
 
         return latency_table(self.report)
 

@@ -5,7 +5,7 @@ import yaml
 
 from infoprune_export.bundle import Manifest
 from infoprune_export.recipe import DataSource, Recipe
-from infoprune_export.validate.card import code_span, model_card, plain
+from infoprune_export.validation.card import code_span, model_card, plain
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from infoprune_export.errors import GateFailed, InputError
-from infoprune_export.validate.report import Report, judge
+from infoprune_export.validation.report import Report, judge
 
 
 def test_the_keys_others_rely_on(report):

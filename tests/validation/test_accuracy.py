@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from infoprune_export.recipe import Workload
-from infoprune_export.validate import accuracy
-from infoprune_export.validate.accuracy import Example, answer, paired_drop, record, wilson
-from infoprune_export.validate.generation import Limits, continue_greedily, cut_at, limits_of, padding_id
+from infoprune_export.validation import accuracy
+from infoprune_export.validation.accuracy import Example, answer, paired_drop, record, wilson
+from infoprune_export.validation.generation import Limits, continue_greedily, cut_at, limits_of, padding_id
 
 IMAGE_TOKEN, EOS = 31, 30
 
