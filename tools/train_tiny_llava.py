@@ -29,7 +29,7 @@ from tiny_data.sample import Sample, stream
 from tiny_model import checkpoint
 from tiny_model.architecture import make_model, make_processor, make_tokenizer
 from tiny_model.dense import DenseHeads
-from tiny_model.packing import Encoder, answer_logits, answer_loss, pack, vision_features
+from tiny_model.packing import Encoder, answer_logits, answer_loss, pack, text_states, verdict_loss, vision_features
 from tiny_model.scoring import accuracy
 
 # Images per step and task. Words are the first to be read, yes and no the last to be told apart.
@@ -37,6 +37,7 @@ VISION_MIX = {"vqa": 4, "text": 20, "gqa": 8}
 JOINT_MIX = {"vqa": 7, "text": 2, "gqa": 7}
 # In the second stage the patch labels stay on as an auxiliary loss.
 DENSE_WEIGHT = 0.2
+VERDICT_WEIGHT = 0.5
 SAVE_EVERY_S = 90
 LOG_EVERY = 20
 
@@ -166,9 +167,13 @@ class Run:
             dense, seen = self.heads(features, batch.patches)
             loss, figures = dense, {"dense": dense.item()}
             if self.joint:
-                answers = answer_loss(*answer_logits(self.model, batch, features), batch)
+                states = text_states(self.model, batch, features)
+                answers = answer_loss(*answer_logits(self.model, batch, states), batch)
                 loss = answers + DENSE_WEIGHT * dense
                 figures["answers"] = answers.item()
+                if (verdicts := verdict_loss(self.model, batch, states)) is not None:
+                    loss = loss + VERDICT_WEIGHT * verdicts
+                    figures["verdicts"] = verdicts.item()
         picked = ("letter", "from_start", "shape", "color", "count above", "color above")
         figures |= {name: seen[name] for name in picked if name in seen}
         return torch.autograd.grad(loss, self.parameters, allow_unused=True), figures

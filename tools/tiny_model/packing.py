@@ -44,7 +44,10 @@ class Encoder:
 
 @dataclass
 class Packed:
-    """A batch of packed rows; `labels[i, t]` is the token after position `t`."""
+    """A batch of packed rows; `labels[i, t]` is the token after position `t`.
+
+    `early[i, t]` is the verdict, yes or no, of the question that position `t` is still within.
+    """
 
     pixels: torch.Tensor
     ids: torch.Tensor
@@ -53,6 +56,7 @@ class Packed:
     labels: torch.Tensor
     weights: torch.Tensor
     owners: torch.Tensor
+    early: torch.Tensor
     patches: torch.Tensor
 
     def to(self, device: torch.device) -> Packed:
@@ -68,7 +72,7 @@ def pixels_of(images: list[Image.Image]) -> torch.Tensor:
 
 
 def _row(encoder: Encoder, questions: list[Question], first_owner: int):
-    ids, positions, labels, weights, owners = [], [], [], [], []
+    ids, positions, labels, weights, owners, early = [], [], [], [], [], []
     for number, question in enumerate(questions):
         prompt, answer = encoder.prompt(question.text), encoder.answer(question.answer)
         tokens = prompt + answer[:-1]
@@ -78,7 +82,9 @@ def _row(encoder: Encoder, questions: list[Question], first_owner: int):
         weights += [0.0] * (len(prompt) - 1)
         weights += [question.weight] * (len(answer) - 1) + [EOS_WEIGHT * question.weight]
         owners += [first_owner + number] * len(tokens)
-    return ids, positions, labels, weights, owners
+        verdict = answer[0] if question.answer in ("yes", "no") else _IGNORE
+        early += [verdict] * (len(prompt) - 1) + [_IGNORE] * len(answer)
+    return ids, positions, labels, weights, owners, early
 
 
 def pack(encoder: Encoder, samples: list[Sample]) -> Packed:
@@ -109,6 +115,7 @@ def pack(encoder: Encoder, samples: list[Sample]) -> Packed:
         labels=padded(2, _IGNORE, torch.long),
         weights=padded(3, 0.0, torch.float),
         owners=owners,
+        early=padded(5, _IGNORE, torch.long),
         patches=torch.from_numpy(np.stack([sample.patches for sample in samples])),
     )
 
@@ -118,22 +125,41 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) 
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
-def answer_logits(
-    model: LlavaForConditionalGeneration, batch: Packed, features: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the logits at all answer positions, and the mask of these positions."""
+def text_states(model: LlavaForConditionalGeneration, batch: Packed, features: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the language model's last states at the text positions."""
     if features is None:
         features = vision_features(model, batch.pixels)
     prefix = model.model.multi_modal_projector(features)
     words = model.model.language_model.embed_tokens(batch.ids)
-    hidden = model.model.language_model(
+    return model.model.language_model(
         inputs_embeds=torch.cat([prefix, words], 1),
         attention_mask=batch.mask,
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state[:, IMAGE_TOKENS:]
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, batch: Packed, states: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits at all answer positions, and the mask of these positions."""
+    states = text_states(model, batch) if states is None else states
     wanted = batch.labels != _IGNORE
-    return model.lm_head(hidden[wanted]), wanted
+    return model.lm_head(states[wanted]), wanted
+
+
+def verdict_loss(model: LlavaForConditionalGeneration, batch: Packed, states: torch.Tensor) -> torch.Tensor | None:
+    """Returns the loss of telling yes from no at every word of a yes-no question.
+
+    Whether something in the image matches the word just read is easier to learn
+    at that word than through the answer at the end, where training otherwise
+    stays at one half for thousands of steps. No other loss is on these positions.
+    """
+    asked = batch.early != _IGNORE
+    if not asked.any():
+        return None
+    logits = model.lm_head(states[asked]).float()
+    return nn.functional.cross_entropy(logits, batch.early[asked])
 
 
 def answer_loss(logits: torch.Tensor, wanted: torch.Tensor, batch: Packed) -> torch.Tensor:
