@@ -22,8 +22,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
+import itertools
 
+import torch
 from tiny_data import splits
 from tiny_data.sample import Sample, stream
 from tiny_model import checkpoint
@@ -121,7 +122,7 @@ class Run:
         part = min(1.0, max(0.0, (self.progress - share) / (1 - share)))
         language = 0.5 * (1 + math.cos(math.pi * part)) * min(1.0, (self.joint_steps + 1) / 100)
         rates = (self.args.lr * vision * min(1.0, (self.step + 1) / 100), self.args.lr * language)
-        for group, rate in zip(self.optimizer.param_groups, rates):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return rates
 
@@ -136,9 +137,9 @@ class Run:
         # thread, because those of one task take longer than those of another.
         parts = 2 * self.args.threads if self.device.type == "cpu" and self.joint else 1
         bounds = [round(len(samples) * n / parts) for n in range(parts + 1)]
-        shares = [samples[i:j] for i, j in zip(bounds, bounds[1:])]
+        shares = [samples[i:j] for i, j in itertools.pairwise(bounds)]
         results = list(self.pool.map(self._gradients, shares))
-        for parameter, *grads in zip(self.parameters, *(grads for grads, _ in results)):
+        for parameter, *grads in zip(self.parameters, *(grads for grads, _ in results), strict=True):
             known = [grad for grad in grads if grad is not None]
             parameter.grad = sum(known) / parts if known else None
         used = [p for p in self.parameters if p.grad is not None]
@@ -187,7 +188,7 @@ class Run:
 
 def train(run: Run) -> None:
     """Trains to the end of the time or the steps, saving as it goes."""
-    log = open(run.args.work / "log.jsonl", "a", buffering=1)
+    log = open(run.args.work / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (open for as long as the training runs)
     last_save = last_validation = mark = time.monotonic()
     while run.progress < 1:
         figures = run.train_step()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, defaultdict
 from dataclasses import replace
-from functools import lru_cache
-import random
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -23,18 +23,18 @@ def _kind(question: str, answer: str) -> str:
     return "shape" if answer in SHAPE_ID else "color"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _official(split: str) -> tuple[dict[int, list[Question]], dict[int, str]]:
     import easy_vqa
 
     texts, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
     by_image: dict[int, list[Question]] = defaultdict(list)
-    for text, answer, image in zip(texts, answers, images):
+    for text, answer, image in zip(texts, answers, images, strict=True):
         by_image[image].append(Question(text, answer, _kind(text, answer)))
     return dict(by_image), getattr(easy_vqa, f"get_{split}_image_paths")()
 
 
-@lru_cache(maxsize=None)
+@cache
 def image_ids(split: str) -> tuple[int, ...]:
     """Returns the image ids of `train`, `val` (from official train) or `test`."""
     if split == "test":
@@ -44,7 +44,7 @@ def image_ids(split: str) -> tuple[int, ...]:
     return tuple(i for i in ids if (i in held_out) == (split == "val"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _answer_weights() -> dict[tuple[str, str], float]:
     """Inverse answer frequency per question string, over train.
 
@@ -63,7 +63,7 @@ def _answer_weights() -> dict[tuple[str, str], float]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pixels(split: str, image_id: int) -> Image.Image:
     official = "test" if split == "test" else "train"
     with Image.open(_official(official)[1][image_id]) as image:

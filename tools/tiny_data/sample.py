@@ -7,8 +7,8 @@ this patch", "what colour is it"), listed in `HEADS` with its class count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 import random
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image

@@ -7,7 +7,7 @@ likely, and counts are drawn evenly among those the scene allows.
 from __future__ import annotations
 
 import random
-from typing import Callable
+from collections.abc import Callable
 
 from tiny_data.sample import DIRECTIONS, Question, Sample
 from tiny_data.scenes import SCENE_COLORS, SHAPES, Thing, related, render

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 import random
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
@@ -82,7 +82,7 @@ def layout(rng: random.Random) -> list[Thing]:
         shapes = rng.sample(SHAPES, 3)
         pairs = rng.sample([(c, s) for c in colors for s in shapes], count)
         things = []
-        for (color, shape), x, y in zip(pairs, _spread(rng, count), _spread(rng, count)):
+        for (color, shape), x, y in zip(pairs, _spread(rng, count), _spread(rng, count), strict=True):
             size = rng.choice(SIZES)
             things.append(Thing(color, shape, size, x, y, rng.randint(*_RADIUS[size])))
         if all(_apart(a, b) for i, a in enumerate(things) for b in things[:i]):

@@ -8,7 +8,7 @@ its validation images are held out of official train.
 from __future__ import annotations
 
 import random
-from typing import Iterator
+from collections.abc import Iterator
 
 from tiny_data import easy_shapes, scene_questions, text_images, words
 from tiny_data.sample import Sample, stream

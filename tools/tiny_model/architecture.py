@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from tiny_data import easy_shapes, scene_questions
+from tiny_data.sample import GRID, IMAGE_SIZE, PATCH, stream
+from tiny_data.text_images import questions_for
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -13,10 +16,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from tiny_data import easy_shapes, scene_questions
-from tiny_data.sample import GRID, IMAGE_SIZE, PATCH, stream
-from tiny_data.text_images import questions_for
 
 IMAGE_TOKENS = GRID * GRID
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlavaForConditionalGeneration
-
 from tiny_data import splits
 from tiny_data.sample import IMAGE_SIZE, Sample
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
 from tiny_model.packing import Encoder
 from tiny_model.scoring import accuracy, baseline
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-
 from tiny_data.sample import HEADS, IGNORE
-
+from torch import nn
 
 # What needs fine detail is learnt last and counts most; what lies to each side
 # follows from the rest.

@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 from PIL import Image
+from tiny_data.sample import Question, Sample
 from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from tiny_data.sample import Question, Sample
 from tiny_model.architecture import IMAGE_TOKENS, MEAN, STD
 
 # The end of an answer is easy to predict; it should not dominate the loss.
@@ -39,7 +39,7 @@ class Encoder:
 
     def answer(self, answer: str) -> tuple[int, ...]:
         """Returns the ids of the answer and its end."""
-        return self._ids(f" {answer}") + (self.eos,)
+        return (*self._ids(f" {answer}"), self.eos)
 
 
 @dataclass

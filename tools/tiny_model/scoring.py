@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import islice
-from typing import Iterable
 
 import torch
-from transformers import LlavaForConditionalGeneration
-
 from tiny_data import easy_shapes, splits
 from tiny_data.sample import Sample, stream
+from transformers import LlavaForConditionalGeneration
+
 from tiny_model.packing import Encoder, answer_logits, correct, pack
 
 _BASELINE_IMAGES = 4000
