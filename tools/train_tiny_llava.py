@@ -38,7 +38,7 @@ VISION_MIX = {"vqa": 4, "text": 20, "gqa": 8}
 JOINT_MIX = {"vqa": 7, "text": 2, "gqa": 7}
 # In the second stage the patch labels stay on as an auxiliary loss.
 DENSE_WEIGHT = 0.2
-VERDICT_WEIGHT = 0.5
+VERDICT_WEIGHT = 1.5
 SAVE_EVERY_S = 90
 LOG_EVERY = 20
 

@@ -146,14 +146,39 @@ def _verify_attribute(rng: random.Random, things: list[Thing]) -> Question:
     return Question(f"is the {thing.shape} {rng.choice(others)}?", "no", "verify attribute")
 
 
+def _alone(things: list[Thing], attribute: str) -> list[Thing]:
+    """Returns the things whose `attribute` no other thing shares."""
+    values = [getattr(t, attribute) for t in things]
+    return [t for t in things if values.count(getattr(t, attribute)) == 1]
+
+
+def _look_up(rng: random.Random, things: list[Thing]) -> Question:
+    """What color is the circle? What is the red shape? What size is the red circle?"""
+    kind = rng.choice(("color", "shape", "size"))
+    if kind == "color" and (found := _alone(things, "shape")):
+        thing = rng.choice(found)
+        return Question(f"what color is the {thing.shape}?", thing.color, "look up")
+    if kind == "shape" and (found := _alone(things, "color")):
+        thing = rng.choice(found)
+        return Question(f"what is the {thing.color} shape?", thing.shape, "look up")
+    thing = rng.choice(things)
+    return Question(f"what size is the {thing.name}?", thing.size, "look up")
+
+
 #: One-step yes/no questions that only training asks: a network learns to
 #: compare on these first.
 _WARM_UP: tuple[Maker, ...] = (_exist_attribute, _exist_attribute, _verify_attribute, _exist)
 
 
 def warm_up(rng: random.Random, things: list[Thing], count: int) -> list[Question]:
-    """Returns up to `count` different one-step yes/no questions."""
+    """Returns different one-step questions, up to `count` yes/no ones and as many others.
+
+    Without the look-ups nothing teaches a network to find the thing that a
+    phrase names: what lies alone in some direction is the outermost thing
+    there, whatever it is compared with.
+    """
     asked = [rng.choice(_WARM_UP)(rng, things) for _ in range(count)]
+    asked += [_look_up(rng, things) for _ in range(count)]
     return list({question.text: question for question in asked}.values())
 
 
@@ -178,6 +203,6 @@ def sample(rng: random.Random, count: int = 8) -> Sample:
 
 def training_sample(rng: random.Random) -> Sample:
     """Returns a fresh scene with questions of the task and one-step ones."""
-    scene = sample(rng, 6)
-    scene.questions += warm_up(rng, scene.info["things"], 4)
+    scene = sample(rng, 5)
+    scene.questions += warm_up(rng, scene.info["things"], 3)
     return scene
