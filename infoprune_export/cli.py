@@ -98,7 +98,6 @@ SHARED: dict[str, Callable] = {
     ),
     "resume": click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped."),
     "seed": click.option("--seed", type=int, default=0, show_default=True),
-    "device": click.option("--device", help="Where PyTorch works, such as cpu or cuda:0.  [default: the best present]"),
     "threads": click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
     "max_drop": click.option("--max-drop", type=float, metavar="POINTS", help="Gate: exit 1 if accuracy falls by more."),
     "min_speedup": click.option("--min-speedup", type=float, metavar="X", help="Gate: exit 1 if end to end is not this much faster."),
@@ -127,7 +126,7 @@ def cli() -> None:
 @_options(
     "model", "target", "flops", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "plan", "dry_run", "original", "resume"
 )
-@_options("seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
+@_options("seed", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
     from infoprune_export import job, pipeline
@@ -142,7 +141,7 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
 
 
 @cli.command()
-@_options("model", "flops", "scope", "out", "calibration", "samples", "seed", "device", "threads", "json", "verbose", "quiet")
+@_options("model", "flops", "scope", "out", "calibration", "samples", "seed", "threads", "json", "verbose", "quiet")
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
     from infoprune_export import pipeline
@@ -158,7 +157,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @click.option(
     "--to", "to", required=True, metavar="MODEL|BUNDLE", help="The original model, or a bundle that holds its graphs (needs no PyTorch)."
 )
-@_options("out", "calibration", "samples", "seed", "device", "threads", "verbose", "quiet")
+@_options("out", "calibration", "samples", "seed", "threads", "verbose", "quiet")
 def apply(plan_file: Path, to: str, **given: Any) -> None:
     """Apply PLAN to a model's PyTorch weights, or to a bundle's original graphs."""
     from infoprune_export import application
@@ -307,7 +306,7 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
     progress = _progress(given)
     recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))
     out = given.get("out") or Path("build") / (recipe.name + suffix)
-    options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
+    options = Options(out=out, seed=given["seed"], threads=given["threads"], **extra)
     return recipe, options, progress
 
 

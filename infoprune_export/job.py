@@ -35,7 +35,6 @@ class Options:
         resume: Go on after the last finished stage of an earlier run.
         seed: For sampling questions and labels.
         threads: Of PyTorch and ONNX Runtime; all when None.
-        device: Where PyTorch works; the best present when None.
         archs: GPU architectures for TensorRT engines; the default set when empty.
         seconds: Measuring time of each part's latency.
     """
@@ -46,7 +45,6 @@ class Options:
     resume: bool = True
     seed: int = 0
     threads: int | None = None
-    device: str | None = None
     archs: list[str] = field(default_factory=list)
     seconds: float = 5.0
 
@@ -109,7 +107,12 @@ class Job:
 
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
         self.recipe, self.options, self.progress = recipe, options, progress or Silent()
-        self.base = recipe.origin.parent if recipe.origin else Path()
+        own = recipe.origin is not None and recipe.origin not in packaged().values()
+        self.base = recipe.origin.parent if own else Path()  # a packaged recipe means the user's files, not the package's
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
 
     @cached_property
     def checkpoint(self) -> SourceModel:
@@ -119,10 +122,6 @@ class Job:
 
     @cached_property
     def original(self) -> nn.Module:
-        import torch
-
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
         with self.progress.step("loading the model"):
             return self.checkpoint.load_model()
 
@@ -160,6 +159,8 @@ class Job:
         """Questions drawn evenly from several data sets."""
         from infoprune_export.data.vqa import load_questions
 
+        if not sources:
+            raise InputError("no calibration data", where=self.recipe.origin or self.recipe.name, mend="name some with --calibration PATH")
         share = None if samples is None else -(-samples // len(sources))
         drawn = []
         for s in self.resolved(dict(enumerate(sources))).values():

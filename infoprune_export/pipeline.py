@@ -21,7 +21,7 @@ from infoprune_export.job import Job, Options, copy_processor_files, require_exp
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
-from infoprune_export.recipe import Dtype, Recipe
+from infoprune_export.recipe import DataSource, Dtype, Recipe
 from infoprune_export.workspace import Workspace, check_disk, check_output
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
     from infoprune_export.graph.reference import record_reference
     from infoprune_export.validation.reference import ReferencePrompt
 
-    data = list(job.recipe.evaluation.values()) or job.recipe.calibration
+    data = list(job.recipe.evaluation.values()) or job.recipe.calibration or [DataSource(path="tiny:vqa")]
     questions = job.questions([s.model_copy(update={"samples": None}) for s in data], REFERENCE_PROMPTS)
     distinct = list(dict.fromkeys(q.image for q in questions))[:REFERENCE_IMAGES]
     row = {image: i for i, image in enumerate(distinct)}

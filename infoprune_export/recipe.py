@@ -44,7 +44,9 @@ class Workload(_Strict):
 class DataSource(_Strict):
     """Questions about images in an official file format (VQAv2, TextVQA or GQA)."""
 
-    path: str = Field(description="directory or questions file; relative to the recipe; `tiny:NAME` names a packaged set")
+    path: str = Field(
+        description="directory or questions file, relative to the recipe (of a packaged recipe: to the working directory); `tiny:NAME`: a packaged set"
+    )
     split: str | None = None
     samples: int | None = Field(None, ge=1, description="how many questions to use; all when absent")
 
@@ -78,7 +80,6 @@ class Recipe(_Strict):
     calibration: list[DataSource] = []
     samples: int = Field(64, ge=1, description="calibration questions")
     evaluation: dict[str, DataSource] = Field({}, description="task name to data")
-    train_steps: int = Field(0, ge=0)
     max_drop: float | None = Field(None, description="gate: largest loss of accuracy allowed, in points")
     min_speedup: float | None = Field(None, description="gate: smallest end-to-end speed-up allowed")
 

@@ -20,7 +20,7 @@ def test_packaged_recipes_are_valid():
 
 def test_defaults(tmp_path):
     recipe = read(_write(tmp_path, "model: some/model\n"))
-    assert (recipe.name, recipe.flops, recipe.scope, recipe.targets, recipe.train_steps) == ("r", 1.0, "all", ["ort"], 0)
+    assert (recipe.name, recipe.flops, recipe.scope, recipe.targets) == ("r", 1.0, "all", ["ort"])
     assert recipe.origin == tmp_path / "r.yaml"
 
 

@@ -153,7 +153,8 @@ are Apache-2.0 like this project.
 clip 1.0. First {vision_steps:,} steps of {vision_batch} images for the vision tower alone, on per-patch labels (which
 letter, colour, shape, size; what lies to each side). Then {joint_steps:,} steps of {joint_batch} images with their
 questions for the whole network, {schedule}; loss on the answer and its end, and the patch labels
-at a small weight, and the verdict of a yes-no question at every word of it. Yes/no questions of easy-VQA are weighted by inverse answer frequency. Nothing in the
+at a small weight, and the verdict of a yes-no question at every word of it. Yes/no questions of
+easy-VQA are weighted by inverse answer frequency. Nothing in the
 training makes the network easier to compress: no sparsity, no low rank, no distillation, no dropout.
 {note}
 `tools/train_tiny_llava.py` trains it again. {repeatable}
