@@ -45,7 +45,7 @@ class DataSource(_Strict):
     """Questions about images in an official file format (VQAv2, TextVQA or GQA)."""
 
     path: str = Field(
-        description="directory or questions file, relative to the recipe (of a packaged recipe: to the working directory); `tiny:NAME`: a packaged set"
+        description="directory or questions file, relative to the recipe (to the working directory, if packaged); or `tiny:NAME`"
     )
     split: str | None = None
     samples: int | None = Field(None, ge=1, description="how many questions to use; all when absent")

@@ -42,7 +42,7 @@ def test_figures_and_honest_words(manifest, plan, report):
         "0.925 (0.895 to 0.947) | -2.5 |",
         "12.0 MB before",
         "not tested for",
-        "recovery training | none",
+        "training | none",
     ):
         assert text in card
 
