@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torch import nn
@@ -40,3 +41,10 @@ def save_weights(model: nn.Module, path: Path) -> None:
     tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

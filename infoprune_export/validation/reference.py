@@ -78,7 +78,7 @@ class Reference:
 
     def write(self, path: Path) -> None:
         """Writes the file described at the top of this module; the same reference gives the same bytes."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         input_ids, input_offsets = _flatten([p.input_ids for p in self.prompts])
         generated_ids, generated_offsets = _flatten(self.generated)
@@ -99,7 +99,7 @@ class Reference:
             "max_new_tokens": self.max_new_tokens,
         }
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(contiguous, path, metadata={METADATA_KEY: json.dumps(described)})
+        path.write_bytes(save(contiguous, metadata={METADATA_KEY: json.dumps(described)}))
 
 
 def read_reference(path: Path) -> Reference:
