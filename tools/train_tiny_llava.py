@@ -33,9 +33,9 @@ from tiny_model.dense import DenseHeads
 from tiny_model.packing import Encoder, answer_logits, answer_loss, pack, text_states, verdict_loss, vision_features
 from tiny_model.scoring import accuracy
 
-# Images per step and task. Words are the first to be read, yes and no the last to be told apart.
+# Images per step and task.
 VISION_MIX = {"vqa": 4, "text": 20, "gqa": 8}
-JOINT_MIX = {"vqa": 7, "text": 2, "gqa": 7}
+JOINT_MIX = {"vqa": 2, "text": 6, "gqa": 8}
 # In the second stage the patch labels stay on as an auxiliary loss.
 DENSE_WEIGHT = 0.2
 VERDICT_WEIGHT = 1.5
