@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and log; not part of the result")
     parser.add_argument("--minutes", type=float, default=70, help="training time over all runs")
-    parser.add_argument("--steps", type=int, help="train this many steps instead of a time (repeatable bit by bit)")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of a time")
     parser.add_argument("--vision-share", type=float, default=0.25, help="part of the training for the tower alone")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -142,7 +142,7 @@ Questions are lower case, in the forms of the data sets below. An answer ends wi
 * **text**: words of 3 to 5 capitals in seven free fonts (DejaVu, STIX; as shipped with matplotlib) on five lines,
   sizes, colours and places. Half of the training images show common English words, half invented strings.
 * **gqa**: rendered scenes of 2 to 4 shapes (8 colours, 4 shapes, 2 sizes). Questions about attributes,
-  existence, counts and relations; most take two steps. Answers are balanced.
+  existence, counts and relations; see the limits. Answers are balanced.
 
 Text and scenes are rendered afresh for every step (`tools/tiny_data`). The rendered images and the questions
 are Apache-2.0 like this project.
@@ -154,14 +154,18 @@ clip 1.0. First {vision_steps:,} steps of {vision_batch} images for the vision t
 letter, colour, shape, size; what lies to each side). Then {joint_steps:,} steps of {joint_batch} images with their
 questions for the whole network, {schedule}; loss on the answer and its end, and the patch labels
 at a small weight, and the verdict of a yes-no question at every word of it. Yes/no questions of
-easy-VQA are weighted by inverse answer frequency. Nothing in the
-training makes the network easier to compress: no sparsity, no low rank, no distillation, no dropout.
+easy-VQA are weighted by inverse answer frequency. Scenes also ask one-step questions in training (what color is
+the circle? is there a red shape?), which the test sets do not. Nothing in the training makes the network easier
+to compress: no sparsity, no low rank, no distillation, no dropout.
 {note}
 `tools/train_tiny_llava.py` trains it again. {repeatable}
 
 ## Limits
 
 * It knows these three toy tasks and nothing else. It is not a general vision-language model.
+* In scenes, "the shape left of X" is only asked where one shape is there, and that is always the leftmost one. So
+  the "relate color", "relate shape", "relate size" and "relate verify" questions can be answered from the direction
+  without finding X. "Relate count", "compare place" and "exist" cannot, and they are where this model is weak.
 * Images of other sizes are resized to 64x64; small text becomes unreadable.
 * Questions in other words, other colours or shapes, lower-case text and words longer than five letters are
   outside of its training.
@@ -199,7 +203,7 @@ def report(folder: Path, step: int, joint_steps: int, elapsed: float, args: argp
         note=f"{args.note}\n" if args.note else "",
         repeatable="With `--steps` the run is repeatable."
         if args.steps
-        else "This run's schedule followed the clock, so it is not repeatable bit by bit; with `--steps` it would be.",
+        else "This run's schedule followed the clock, so it is not repeatable; with `--steps` it follows the step count.",
     )
     (folder / "eval.json").write_text(json.dumps(figures, indent=1) + "\n")
     (folder / "README.md").write_text(card)
