@@ -152,6 +152,9 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = _QUIET
+    # Several sessions share the cores (three components, and the original in a comparison): threads that spin while
+    # another session works take its time and make medians jump by whole scheduler slices.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
