@@ -89,6 +89,14 @@ SHARED: dict[str, Callable] = {
         "--calibration", type=click.Path(path_type=Path), help="Directory or file in an official format (VQAv2, TextVQA, GQA)."
     ),
     "samples": click.option("--samples", type=click.IntRange(min=1), help="Calibration questions.  [default: the recipe's, else 64]"),
+    "train_steps": click.option(
+        "--train-steps",
+        type=click.IntRange(min=0),
+        help="Steps of training after compression, on the calibration data; 0 for none.  [default: the recipe's, else 0]",
+    ),
+    "device": click.option(
+        "--device", metavar="NAME", help="Where statistics, factors and training run: cpu, cuda, cuda:1.  [default: best present]"
+    ),
     "plan": click.option(
         "--plan", "plan_file", type=click.Path(path_type=Path, exists=True), help="Apply this plan instead of making one."
     ),
@@ -124,24 +132,28 @@ def cli() -> None:
 
 @cli.command()
 @_options(
-    "model", "target", "flops", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "plan", "dry_run", "original", "resume"
+    "model", "target", "flops", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "train_steps", "plan", "dry_run", "original"
 )
-@_options("seed", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
+@_options("resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
-    from infoprune_export import job, pipeline
+    from infoprune_export import job, launched, pipeline
 
     recipe, options, progress = _job(model, given, plan=plan_file, original=given["original"], resume=given["resume"], archs=given["archs"])
     if dry_run:
         job.require_export()
         plan = job.Job(recipe, options, progress).decide()
         return _show_plan(plan, as_json)
+    if not launched.is_first():
+        return pipeline.assist(recipe, options)
     bundle, report = pipeline.export_bundle(recipe, options, progress)
     _show_report(bundle.path, report, as_json)
 
 
 @cli.command()
-@_options("model", "flops", "scope", "out", "calibration", "samples", "seed", "threads", "json", "verbose", "quiet")
+@_options(
+    "model", "flops", "scope", "out", "calibration", "samples", "train_steps", "seed", "device", "threads", "json", "verbose", "quiet"
+)
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
     from infoprune_export import pipeline
@@ -157,7 +169,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 @click.option(
     "--to", "to", required=True, metavar="MODEL|BUNDLE", help="The original model, or a bundle that holds its graphs (needs no PyTorch)."
 )
-@_options("out", "calibration", "samples", "seed", "threads", "verbose", "quiet")
+@_options("out", "calibration", "samples", "seed", "device", "threads", "verbose", "quiet")
 def apply(plan_file: Path, to: str, **given: Any) -> None:
     """Apply PLAN to a model's PyTorch weights, or to a bundle's original graphs."""
     from infoprune_export import application
@@ -306,7 +318,7 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
     progress = _progress(given)
     recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))
     out = given.get("out") or Path("build") / (recipe.name + suffix)
-    options = Options(out=out, seed=given["seed"], threads=given["threads"], **extra)
+    options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
     return recipe, options, progress
 
 

@@ -85,6 +85,8 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         f"{plan.source.id}: {b.predicted:.4f} of {b.original_flops / 1e9:.3g} GFLOP kept, {b.requested:g} asked "
         f"({DENOMINATORS[b.scope]}; {plan.workload})"
     ]
+    if b.eps:
+        out.append("feed-forward spectral mass cut off (KS distance): " + ", ".join(f"{tower} {eps:.4f}" for tower, eps in b.eps.items()))
     for tower in ("vision", "language"):
         rows = [r for r in facts["layers"] if r["tower"] == tower]
         grouped = any(r["kv_groups"] != r["heads"] for r in rows)

@@ -15,8 +15,10 @@ from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from infoprune_export.compress.packing import Row
     from infoprune_export.compress.statistics import Batch, Statistics
     from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.models.load import SourceModel
@@ -37,6 +39,7 @@ class Options:
         threads: Of PyTorch and ONNX Runtime; all when None.
         archs: GPU architectures for TensorRT engines; the default set when empty.
         seconds: Measuring time of each part's latency.
+        device: Where statistics, factors and training run; the best present when None.
     """
 
     out: Path
@@ -47,6 +50,7 @@ class Options:
     threads: int | None = None
     archs: list[str] = field(default_factory=list)
     seconds: float = 5.0
+    device: str | None = None
 
 
 def require_export() -> None:
@@ -67,7 +71,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
 
     Args:
         model: Recipe name, recipe file, model directory or hub id `org/name`.
-        given: Fields to override (flops, scope, dtype, samples, max_drop, min_speedup, targets, calibration); None leaves one as it is.
+        given: Fields to override, such as flops, targets or calibration (a path); None leaves one as it is.
         warn: Gets a line where a default is not what one would choose.
 
     Raises:
@@ -91,7 +95,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
             f"no recipe, file or directory {model!r}{near(model, list(names))}",
             mend=f"recipes: {', '.join(names)}; or name a recipe file, a model directory or a hub id org/name",
         )
-    fields = ("flops", "scope", "dtype", "samples", "max_drop", "min_speedup")
+    fields = ("flops", "scope", "dtype", "samples", "train_steps", "max_drop", "min_speedup")
     changes: dict[str, Any] = {k: given[k] for k in fields if given.get(k) is not None}
     if given.get("targets"):
         changes["targets"] = list(dict.fromkeys(given["targets"]))
@@ -108,6 +112,7 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
         self.recipe, self.options, self.progress = recipe, options, progress or Silent()
         own = recipe.origin is not None and recipe.origin not in packaged().values()
+        self.scratch: Path | None = None  # where training leaves its checkpoints
         self.base = recipe.origin.parent if own else Path()  # a packaged recipe means the user's files, not the package's
         if options.threads:
             import torch
@@ -118,12 +123,23 @@ class Job:
     def checkpoint(self) -> SourceModel:
         from infoprune_export.models.load import locate
 
-        return locate(self.recipe.model, self.base, self.recipe.revision)
+        return locate(self.recipe.model, self.base, self.recipe.revision, self.recipe.prepare)
+
+    @cached_property
+    def device(self) -> torch.device:
+        from infoprune_export.compress.devices import find_device
+
+        return find_device(self.options.device)
 
     @cached_property
     def original(self) -> nn.Module:
         with self.progress.step("loading the model"):
-            return self.checkpoint.load_model()
+            return self.checkpoint.load_model().to(self.device)
+
+    def fresh_original(self) -> nn.Module:
+        """The original loaded once more: `factors` uses it up."""
+        self.__dict__.pop("original", None)
+        return self.original
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -151,9 +167,11 @@ class Job:
     @cached_property
     def batches(self) -> list[Batch]:
         """Calibration data, ready for the model."""
-        from infoprune_export.compress.calibration import make_batches
+        from infoprune_export.compress.calibration import fitting, make_batches
 
-        return make_batches([self._sample(q) for q in self.questions(self.recipe.calibration, self.recipe.samples)])
+        samples = [self._sample(q) for q in self.questions(self.recipe.calibration, self.recipe.samples)]
+        context = getattr(self.original.config.get_text_config(), "max_position_embeddings", None)
+        return [b.to(self.device) for b in make_batches(fitting(samples, context, self.progress.note))]
 
     def questions(self, sources: list[DataSource], samples: int | None) -> list[Any]:
         """Questions drawn evenly from several data sets."""
@@ -164,9 +182,28 @@ class Job:
         share = None if samples is None else -(-samples // len(sources))
         drawn = []
         for s in self.resolved(dict(enumerate(sources))).values():
+            self._check_prepared(s)
             limits = [x for x in (share, s.samples) if x is not None]
             drawn += load_questions(s.path, s.split, min(limits, default=None), self.options.seed).questions
         return drawn if samples is None else drawn[:samples]
+
+    def data_fingerprint(self) -> list[str]:
+        """Names the contents of all data that a run reads."""
+        from infoprune_export.data.vqa import fingerprint
+
+        recipe = self.recipe
+        used = [*recipe.evaluation.values()]
+        if recipe.flops < 1 or recipe.train_steps:
+            used += [*recipe.calibration, *recipe.training, *recipe.validation]
+        sources = self.resolved(dict(enumerate(used))).values()
+        for s in sources:
+            self._check_prepared(s)
+        return [fingerprint(s.path) for s in sources]
+
+    def _check_prepared(self, source: DataSource) -> None:
+        """Tells how to get data that are not there yet, where the recipe knows."""
+        if self.recipe.prepare and not source.path.startswith("tiny:") and not Path(source.path).exists():
+            raise InputError("does not exist", where=source.path, mend=self.recipe.prepare)
 
     def resolved(self, sources: dict[Key, DataSource]) -> dict[Key, DataSource]:
         """Data sources with paths that do not depend on the working directory; `tiny:NAME` stays as it is."""
@@ -190,29 +227,49 @@ class Job:
     def prompt_ids(self, question: str) -> Any:
         return self.prompts.encode(question, images=1, image_tokens=self.anatomy.geometry.image_tokens)
 
-    def _sample(self, question: Any) -> Any:
+    def rows(self, sources: list[DataSource], most: int | None = None) -> list[Row]:
+        """Questions about at most so many images, those of one image packed together; which images, the seed decides."""
         import numpy as np
 
+        from infoprune_export.compress.packing import make_rows
+
+        by_image: dict[Any, list[Any]] = {}
+        for question in self.questions(sources, None):
+            by_image.setdefault(question.image, []).append(question)
+        chosen = list(by_image)
+        if most is not None and most < len(chosen):
+            drawn = np.random.default_rng(self.options.seed).choice(len(chosen), most, replace=False)
+            chosen = [chosen[i] for i in sorted(drawn)]
+        text = self.original.config.get_text_config()
+        context, window = (getattr(text, name, None) for name in ("max_position_embeddings", "sliding_window"))
+        images, left_out = [], 0
+        for image in chosen:
+            asked = [(self.prompt_ids(q.question), self._answer_ids(q)) for q in by_image[image]]
+            fit = [(prompt, answer) for prompt, answer in asked if context is None or len(prompt) + len(answer) <= context]
+            left_out += len(asked) - len(fit)
+            if fit:
+                images.append((lambda image=image: self.images([image.open()]), fit))
+        if left_out:
+            self.progress.note(f"{left_out} training questions are longer than the model's context of {context} tokens and are left out")
+        return make_rows(images, image_token=self.prompts.config.image_token_id, window=window)
+
+    def _sample(self, question: Any) -> Any:
         from infoprune_export.compress.calibration import Sample
 
-        answer = self.prompts.encode_answer(question.answers[0]) if question.answers else np.empty(0, np.int64)
-        return Sample(self.prompt_ids(question.question), answer, self.images([question.image.open()]))
+        return Sample(self.prompt_ids(question.question), self._answer_ids(question), self.images([question.image.open()]))
+
+    def _answer_ids(self, question: Any) -> Any:
+        import numpy as np
+
+        return self.prompts.encode_answer(question.answers[0]) if question.answers else np.empty(0, np.int64)
 
     @cached_property
     def statistics(self) -> Statistics:
-        from infoprune_export.compress.statistics import gather
+        from infoprune_export.compress.evidence import gather_for, passes
 
         criterion = self.recipe.criterion
-        with self.progress.bar("statistics", sum(b.samples for b in self.batches)) as advance:
-            return gather(
-                self.original,
-                self.anatomy,
-                self.batches,
-                weighted=criterion.weighting == "loss",
-                temperature=criterion.temperature,
-                seed=self.options.seed,
-                progress=advance,
-            )
+        with self.progress.bar("statistics", passes(criterion) * sum(b.samples for b in self.batches)) as advance:
+            return gather_for(criterion, self.original, self.anatomy, self.batches, seed=self.options.seed, progress=advance)
 
     def decide(self) -> Plan:
         """The plan: the one given, or the one that the criterion and the budget make."""
@@ -230,7 +287,32 @@ class Job:
         }
         if recipe.flops == 1:
             return keep_everything(self.anatomy, **common)
-        return decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
+        plan = decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
+        if not self.head_steps:
+            return plan
+        from infoprune_export.compress.gates import learn_heads_of
+
+        learned = learn_heads_of(
+            plan,
+            self.original,
+            self.statistics,
+            self.training_rows,
+            steps=self.head_steps,
+            directory=self.scratch,
+            progress=self.progress,
+        )
+        return decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, heads=learned.heads, **common)
+
+    @property
+    def head_steps(self) -> int:
+        """Steps of training that learn which heads go; the others are for recovery."""
+        return round(self.recipe.recovery.head_share * self.recipe.train_steps)
+
+    @cached_property
+    def training_rows(self) -> list[Row]:
+        """Questions to train on, about no more images than the steps can take in."""
+        recipe = self.recipe
+        return self.rows(recipe.training or recipe.calibration, most=recipe.train_steps * recipe.recovery.batch)
 
     def factors(self, plan: Plan) -> tuple[Plan, nn.Module]:
         """The plan with its factors (those beside a given plan, or new ones), and the smaller model.
@@ -240,6 +322,9 @@ class Job:
         from infoprune_export.compress.factors import make_factors
         from infoprune_export.compress.surgery import apply_plan
 
+        if plan.training and not plan.factors_sha256:
+            self.progress.note(f"the plan's factors were trained ({plan.training.steps} steps) and are not here: making training-free ones")
+            plan = plan.model_copy(update={"training": None})
         if self.options.plan and plan.factors_sha256:
             factors = read_factors(self.options.plan.with_name("factors.safetensors"), plan.factors_sha256)
             apply_plan(self.original, plan, factors)
@@ -252,6 +337,30 @@ class Job:
         plan = plan.model_copy()
         plan.factors = factors
         return plan, self.original
+
+    def recover(self, plan: Plan, model: nn.Module) -> Plan:
+        """Trains the smaller model, in place, on the original's answers; gives the plan with what it learned as factors."""
+        from infoprune_export.compress.recover import recover
+
+        recipe = self.recipe
+        if plan.is_identity:
+            self.progress.note("nothing was removed, so there is nothing to train")
+            return plan
+        sources = recipe.training or recipe.calibration
+        original = self.fresh_original()
+        return recover(
+            model,
+            original,
+            plan,
+            self.training_rows,
+            recipe.recovery,
+            steps=recipe.train_steps - self.head_steps,
+            data=[s.path if s.path.startswith("tiny:") else Path(s.path).name for s in sources],
+            validation=self.rows(recipe.validation) if recipe.validation else None,
+            directory=self.scratch,
+            progress=self.progress,
+            seed=self.options.seed,
+        )
 
 
 def read_plan_for(path: Path, sha256: str) -> Plan:

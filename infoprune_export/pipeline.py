@@ -1,6 +1,6 @@
 """The main job, stage by stage. Read this first.
 
-    source -> statistics -> plan + factors -> smaller model -> reference -> graphs -> engines -> validation -> bundle
+    source -> statistics -> plan + factors -> smaller model -> training -> reference -> graphs -> engines -> validation -> bundle
 
 Each stage writes into the work folder and is skipped by a later run of the same command that finds it done.
 Only this module knows the order; the wings below it do not know one another.
@@ -18,6 +18,7 @@ from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
+from infoprune_export.launched import announce, wait
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
@@ -25,10 +26,14 @@ from infoprune_export.recipe import DataSource, Dtype, Recipe
 from infoprune_export.workspace import Workspace, check_disk, check_output
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from infoprune_export.validation.report import Report
 
 ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
+TRAINING_ADVISED = 0.5
+"""Budgets below this one lose accuracy that only training wins back."""
 REFERENCE_PROMPTS = 128
 REFERENCE_IMAGES = 32
 
@@ -49,7 +54,10 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     """
     require_export()
     check_output(options.out)
-    return run(Job(recipe, options, progress))
+    job = Job(recipe, options, progress)
+    if recipe.flops < TRAINING_ADVISED and not recipe.train_steps and not options.plan:
+        job.progress.note(f"keeping {recipe.flops:g} of the FLOPs without training costs accuracy; --train-steps 400 wins most of it back")
+    return run(job)
 
 
 def run(job: Job) -> tuple[Bundle, Report]:
@@ -64,7 +72,13 @@ def run(job: Job) -> tuple[Bundle, Report]:
     check_disk(options.out, weights * (2 + len(dtypes) + 2 * keep_original))
     with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
         root = space.path
-        space.stage("compress", lambda: _compress(job, root))
+        job.scratch = space.scratch
+        if recipe.train_steps:
+            space.stage("compress", lambda: _compress(job, space.scratch))
+            space.stage("train", lambda: _train(job, space.scratch, root))
+            announce(space.scratch, "done")
+        else:
+            space.stage("compress", lambda: _compress(job, root))
         plan = job.adopt(Plan.read(root / "plan.json"))
         space.stage("reference", lambda: _reference(job, root, progress))
         space.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
@@ -78,13 +92,40 @@ def run(job: Job) -> tuple[Bundle, Report]:
 
 def _compress(job: Job, root: Path) -> None:
     """Plan, factors and the smaller model's weights, with the files a processor is read from."""
+    plan, model = job.factors(job.decide())
+    _write_network(job, plan, model, root)
+
+
+def _write_network(job: Job, plan: Plan, model: nn.Module, root: Path) -> None:
     from infoprune_export.compress.network import save_weights
 
-    plan, model = job.factors(job.decide())
     shutil.rmtree(root / "model", ignore_errors=True)
     plan.save(root)
     copy_processor_files(job.checkpoint.directory, root)
     save_weights(model, root / "model" / "model.safetensors")
+
+
+def _train(job: Job, untrained: Path, root: Path) -> None:
+    """Trains the smaller model; what it learns goes into the factors."""
+    model = _untrained(job, untrained)
+    announce(untrained, "train")
+    _write_network(job, job.recover(Plan.load(untrained), model), model, root)
+
+
+def _untrained(job: Job, directory: Path) -> nn.Module:
+    from infoprune_export.compress.network import load_network
+
+    return load_network(directory).to(job.device)
+
+
+def assist(recipe: Recipe, options: Options) -> None:
+    """What the further processes of an `accelerate launch` do: wait for the first one, and train with it."""
+    require_export()
+    job = Job(recipe, options)
+    if recipe.train_steps:
+        job.scratch = Workspace(options.out, _run_key(job, _keeps_original(job))).scratch
+        if wait(job.scratch) == "train":
+            job.recover(Plan.load(job.scratch), _untrained(job, job.scratch))
 
 
 def _reference(job: Job, root: Path, progress: Progress) -> None:
@@ -189,7 +230,9 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     job = Job(recipe, options, progress)
-    plan, _ = job.factors(job.decide())
+    plan, model = job.factors(job.decide())
+    if recipe.train_steps:
+        plan = job.recover(plan, model)
     plan.save(out)
     return plan
 
@@ -267,6 +310,8 @@ def _run_key(job: Job, keep_original: bool) -> str:
         "plan": plan,
         "original": keep_original,
         "seed": o.seed,
+        "data": job.data_fingerprint(),
+        "device": job.device.type,
         "archs": o.archs,
         "versions": {"infoprune-export": __version__, **library_versions()},
     }

@@ -3,11 +3,12 @@
 A plan carries the anatomy of the model it was made for, so tables and FLOP counts can be made
 from it alone. The weights that go with it are in factors.safetensors (see `Plan.factors_sha256`):
 
-    {site}.weight, {site}.bias      refitted output projection (site = "language.3.o")
+    {site}.weight, {site}.bias      refitted output projection (site = "language.3.o"); after training, any map that is dense
     {site}.first, {site}.second     low-rank pair, second @ first, of a feed-forward matrix
     {site}.bias                     its bias, where it has one
+    projector.{n}.weight, .bias     n-th linear map of the projector, after training
 
-Query, key and value projections need no factors: they are rows of the original's.
+Without training, query, key and value projections need no factors: they are rows of the original's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infoprune_export.errors import InputError
-from infoprune_export.models.anatomy import Anatomy, site
+from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, Linear, TowerName, site
 from infoprune_export.recipe import Criterion, Scope, Workload, first_problem
 
 SCHEMA_VERSION = 1
@@ -43,6 +44,10 @@ class LayerPlan(_Strict):
     heads: list[int] = Field(description="kept query heads, ascending, the same number in every kept group")
     ranks: dict[Literal["gate", "up", "down"], int | None]
 
+    def cuts(self, layer: Layer) -> bool:
+        """Whether anything of the layer is removed."""
+        return len(self.heads) < layer.attention.heads or any(r is not None for r in self.ranks.values())
+
 
 class Source(_Strict):
     id: str
@@ -57,6 +62,18 @@ class Budget(_Strict):
     predicted: float
     original_flops: int
     compressed_flops: int
+    eps: dict[TowerName, float] | None = Field(
+        None, description="tower to the KS distance of its pooled feed-forward spectra: the share of their mass that is cut off"
+    )
+
+
+class TrainingRecord(_Strict):
+    """How the factors that go with a plan were trained."""
+
+    steps: int
+    data: list[str] = Field(description="names of the data sets")
+    images: int
+    questions: int
 
 
 class Plan(_Strict):
@@ -68,6 +85,7 @@ class Plan(_Strict):
     budget: Budget
     layers: list[LayerPlan]
     anatomy: Anatomy
+    training: TrainingRecord | None = None
     factors_sha256: str | None = None
 
     @model_validator(mode="after")
@@ -104,9 +122,25 @@ class Plan(_Strict):
         """The decision for one layer of one tower."""
         return next(d for d in self.layers if (d.tower, d.layer) == (tower, index))
 
+    def gains_bias(self, layer: Layer) -> bool:
+        """Whether a layer's output projection gets a bias that the original's does not have."""
+        fewer = len(self.decision(layer.tower, layer.index).heads) < layer.attention.heads
+        return self.criterion.compensate == "bias" and fewer and not layer.attention.o.bias
+
     def low_rank_sites(self) -> dict[str, int]:
         """Site to rank, of every matrix that becomes a low-rank pair."""
         return {site(d.tower, d.layer, role): r for d in self.layers for role, r in d.ranks.items() if r is not None}
+
+    def trained_maps(self) -> dict[str, Linear]:
+        """Key in factors.safetensors to linear map, of all that training may change: the towers that were cut, and the projector."""
+        cut = {x.tower for x in self.anatomy.layers() if self.decision(x.tower, x.index).cuts(x)}
+        maps = {
+            site(x.tower, x.index, role): x.linear(role)
+            for x in self.anatomy.layers()
+            if x.tower in cut
+            for role in (*ATTENTION_ROLES, *x.ffn.matrices)
+        }
+        return maps | {projector_key(i): linear for i, linear in enumerate(self.anatomy.projector)}
 
     _factors: Factors | None = None
 
@@ -156,9 +190,7 @@ class Plan(_Strict):
     @property
     def is_identity(self) -> bool:
         """Whether nothing is removed."""
-        return not self.low_rank_sites() and not any(
-            len(d.heads) < layer.attention.heads for layer in self.anatomy.layers() for d in [self.decision(layer.tower, layer.index)]
-        )
+        return not any(self.decision(x.tower, x.index).cuts(x) for x in self.anatomy.layers())
 
     def to_json(self) -> str:
         return _compact(self.model_dump(mode="json"))
@@ -192,6 +224,11 @@ class Plan(_Strict):
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"cannot be read ({e})", where=path) from None
         return cls.from_json(text, where=path)
+
+
+def projector_key(index: int) -> str:
+    """The name of one of the projector's linear maps in factors.safetensors."""
+    return f"projector.{index}"
 
 
 def factor_bytes(factors: Factors) -> bytes:

@@ -15,7 +15,7 @@ class Progress(Protocol):
         """A context: a piece of work of unknown length."""
 
     def bar(self, name: str, total: int):
-        """A context that gives a function to call with the number of units just done."""
+        """A context that gives a function to call with the number of units just done and, if there are any, figures to show."""
 
     def counter(self) -> Callable[[str, int, int], None]:
         """A function to be told what is under way, how much of it is done, and of how much."""
@@ -32,8 +32,8 @@ class Silent:
         yield
 
     @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda n: None
+    def bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        yield lambda n, figures="": None
 
     def counter(self) -> Callable[[str, int, int], None]:
         return lambda what, done, total: None
@@ -61,16 +61,30 @@ class Terminal:
         self.console.print(f"[green]✓[/] {name} [dim]{time.monotonic() - start:.1f} s[/]")
 
     @contextmanager
-    def bar(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         start = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[figures]}"),
+        )
         with RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda n: bars.advance(task, n)
-        self.console.print(f"[green]✓[/] {name} [dim]{total} in {time.monotonic() - start:.1f} s[/]")
+            task = bars.add_task(name, total=total, figures="")
+            last = ""
+
+            def advance(n: int, figures: str = "") -> None:
+                nonlocal last
+                last = figures
+                bars.update(task, advance=n, figures=figures)
+
+            yield advance
+        shown = f", {last}" if last else ""
+        self.console.print(f"[green]✓[/] {name} [dim]{total} in {time.monotonic() - start:.1f} s{shown}[/]")
 
     def counter(self) -> Callable[[str, int, int], None]:
         started: dict[str, float] = {}

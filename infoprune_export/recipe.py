@@ -11,10 +11,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.errors import InputError
+from infoprune_export.models.anatomy import TowerName
 
 Scope = Literal["all", "vision", "language"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 TargetName = Literal["onnx", "ort", "trt"]
+HeadRuleName = Literal["ks", "ks-activation", "random", "magnitude", "michel", "taylor", "flap", "wanda-sp"]
+HeadRankingName = Literal["global", "layer"]
+WeightingName = Literal["loss", "activation", "asvd", "none"]
+AllocationName = Literal["ks", "uniform", "d-rank"]
+CompensationName = Literal["refit", "bias", "none"]
 
 
 class _Strict(BaseModel):
@@ -51,25 +57,84 @@ class DataSource(_Strict):
     samples: int | None = Field(None, ge=1, description="how many questions to use; all when absent")
 
 
-class Criterion(_Strict):
-    """How heads and ranks are scored (see docs/method.md)."""
+class Floor(_Strict):
+    """What every layer of a tower keeps at least, beyond the one unit and the smallest rank that always stay."""
 
-    weighting: Literal["loss", "activation"] = Field(
-        "loss", description="loss: moments of activations and loss gradients; activation: of activations alone"
+    heads: float = Field(0.0, ge=0, le=1, description="share of a layer's head groups")
+    ranks: float = Field(0.0, ge=0, le=1, description="share of a feed-forward matrix's FLOPs")
+
+
+class Criterion(_Strict):
+    """How heads and ranks are scored (see docs/method.md).
+
+    Every field is a choice of its own; the published methods are combinations of them.
+    """
+
+    heads: HeadRuleName = Field("ks", description="score of a head group; ks and ks-activation are ours, the others are published")
+    weighting: WeightingName = Field(
+        "loss",
+        description="what a low-rank pair approximates best: outputs weighted by the loss gradient (ours), outputs (activation, "
+        "as SVD-LLM), weights scaled by their inputs (asvd), weights (none)",
+    )
+    allocation: AllocationName = Field(
+        "ks", description="ranks by one price on the pooled spectra (ks, ours), the same share of every matrix, or D-Rank's rule"
+    )
+    head_share: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the attention FLOPs that stays, the feed-forwards get what is left; absent: heads and ranks compete "
+        "where both are ours and in one currency, else both keep the same share",
+    )
+    head_ranking: HeadRankingName | None = Field(
+        None, description="compare head scores over the whole model, or keep the same share of every layer; absent: as published"
+    )
+    compensate: CompensationName = Field(
+        "refit",
+        description="for removed heads: refit the output projection on the kept ones, put the mean of what is gone into a bias "
+        "(added where there is none), or nothing",
     )
     temperature: float = Field(2.0, gt=0, description="softens the predictions that the loss gradients are drawn from")
     erank_weight: float = Field(
         0.0, ge=0, le=1, description="a: 0 scores heads by KS distance alone, 1 by KS distance times effective rank"
     )
     head_weight: float = Field(1.0, gt=0, description="how much one unit of a head's information counts against one of a feed-forward's")
+    text_share: float | None = Field(
+        0.8, gt=0, lt=1, description="share of the text tokens in the language model's moments; null: every token counts the same"
+    )
     rank_multiple: int = Field(8, ge=1)
-    compensate: bool = Field(True, description="refit the output projection on the kept heads")
+    floors: dict[TowerName, Floor] = Field({}, description="tower to what each of its layers keeps at least")
+
+    @property
+    def one_currency(self) -> bool:
+        """Whether scores of heads and spectra of matrices are in the same units, so that both can compete for one budget."""
+        same_units = (self.heads, self.weighting) in (("ks", "loss"), ("ks-activation", "activation"))
+        return same_units and self.allocation == "ks" and self.head_ranking != "layer"
+
+
+class Recovery(_Strict):
+    """How the compressed network is trained (see docs/method.md); it has no effect while `train_steps` is 0."""
+
+    method: Literal["auto", "full", "lora"] = Field(
+        "auto",
+        description="full: all linear maps of the towers that were cut; lora: low-rank updates of them; auto: lora from 10^9 parameters",
+    )
+    batch: int = Field(16, ge=1, description="images per step, each with all of its questions")
+    rate: float = Field(1e-3, gt=0, description="largest learning rate")
+    temperature: float = Field(2.0, gt=0, description="softens the predictions of both networks")
+    answer_weight: float = Field(1.0, ge=0, description="of the cross-entropy on the answers")
+    teacher_weight: float = Field(1.0, ge=0, description="of the divergence from the original's predictions")
+    hidden_weight: float = Field(1.0, ge=0, description="of the distance from the original's hidden states")
+    hidden_every: int = Field(2, ge=0, description="layers from one compared hidden state to the next; 0 compares none")
+    head_share: float = Field(0.0, ge=0, lt=1, description="share of the steps that learns which heads go; 0 goes by the scores")
+    lora_rank: int = Field(32, ge=1, description="rank of the updates with lora")
 
 
 class Recipe(_Strict):
     name: str
     model: str = Field(description="model directory (relative to the recipe), `package:NAME`, or hub id org/name")
     revision: str | None = None
+    prepare: str | None = Field(None, description="how to get the model and the data; told where one of them is missing")
     prompt: str = Field("USER: <image>\n{question} ASSISTANT:", description="used where the model has no chat template")
     workload: Workload = Workload()
     flops: float = Field(1.0, gt=0, le=1, description="fraction of the FLOPs kept")
@@ -79,6 +144,10 @@ class Recipe(_Strict):
     criterion: Criterion = Criterion()
     calibration: list[DataSource] = []
     samples: int = Field(64, ge=1, description="calibration questions")
+    train_steps: int = Field(0, ge=0, description="steps of training after compression; 0 compresses without training")
+    training: list[DataSource] = Field([], description="data to train on; all of the calibration data when empty")
+    validation: list[DataSource] = Field([], description="data to choose the best state by; the last one is taken when empty")
+    recovery: Recovery = Recovery()
     evaluation: dict[str, DataSource] = Field({}, description="task name to data")
     max_drop: float | None = Field(None, description="gate: largest loss of accuracy allowed, in points")
     min_speedup: float | None = Field(None, description="gate: smallest end-to-end speed-up allowed")
@@ -145,7 +214,8 @@ def read(path: Path) -> Recipe:
 
 
 def _fields_at(loc: tuple) -> list[str]:
-    owner = {"workload": Workload, "criterion": Criterion, "calibration": DataSource, "evaluation": DataSource}
+    sources = dict.fromkeys(("calibration", "training", "validation", "evaluation"), DataSource)
+    owner = {"workload": Workload, "criterion": Criterion, "recovery": Recovery, **sources}
     return list((owner.get(str(loc[0]), Recipe) if loc else Recipe).model_fields)
 
 

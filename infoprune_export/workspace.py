@@ -24,6 +24,7 @@ class Workspace:
 
     Attributes:
         path: Where the bundle grows.
+        scratch: For what a later stage or the next run needs and the bundle does not hold.
 
     Args:
         out: The bundle's directory.
@@ -39,7 +40,7 @@ class Workspace:
         self.out = out.absolute()
         self.key, self.resume = key, resume
         self._folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
-        self.path, self._stages = self._folder / "bundle", self._folder / "stages"
+        self.path, self.scratch, self._stages = (self._folder / name for name in ("bundle", "scratch", "stages"))
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._lock_path = self.out.with_name(f".{self.out.name}.lock")
         self._lock: IO[str] | None = None
@@ -61,7 +62,7 @@ class Workspace:
                 self._old.rename(self.out)
         if not self.resume and self._folder.exists():
             shutil.rmtree(self._folder)
-        for directory in (self.path, self._stages):
+        for directory in (self.path, self.scratch, self._stages):
             directory.mkdir(parents=True, exist_ok=True)
         return self
 
@@ -90,7 +91,7 @@ class Workspace:
 
         Args:
             name: Its name.
-            work: Writes below `path`; may find half-written files of its own from a killed run.
+            work: Writes below `path` and `scratch`; may find half-written files of its own from a killed run.
 
         Returns:
             Whether it ran now.
@@ -99,7 +100,7 @@ class Workspace:
         if marker.exists():
             return False
         work()
-        _sync_tree(self.path)
+        _sync_tree(self._folder)
         marker.touch()
         return True
 

@@ -4,22 +4,28 @@ Every choice has a value (loss-scaled spectral mass, see heads.py and lowrank.py
 price per FLOP each unit is kept if its value exceeds its cost, and each matrix takes the rank, or stays dense,
 whichever is worth most; the price is bisected until the budget is met, and what rounding leaves over is spent
 on the best single steps that still fit. A knapsack solved by Lagrangian relaxation: exact up to one step.
+
+Allocations that fix the shares instead of comparing values are in shares.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from infoprune_export.errors import InputError
 
+LayerKey = tuple[str, int]
+"""(tower, index)."""
+
 
 @dataclass(frozen=True)
 class UnitChoice:
     """A KV group of one layer: keep or remove."""
 
-    layer: tuple[str, int]
+    layer: LayerKey
     group: int
     value: float
     cost: int
@@ -31,10 +37,11 @@ class RankChoice:
 
     Attributes:
         key: (tower, layer, role).
-        spectrum: Singular values, descending, shape [min(d_in, d_out)].
+        spectrum: Singular values, descending, shape [min(d_in, d_out)]; empty where the allocation asks for none.
         cost_per_rank: FLOPs of one rank-one component.
         dense_cost: FLOPs of the whole matrix.
         multiple: Ranks are multiples of this.
+        floor: Share of the dense cost that is kept at least.
     """
 
     key: tuple[str, int, str]
@@ -42,17 +49,27 @@ class RankChoice:
     cost_per_rank: int
     dense_cost: int
     multiple: int
+    floor: float = 0.0
 
-    def ranks(self) -> np.ndarray:
-        """Ranks that are cheaper than the dense matrix, ascending; at least one."""
+    @property
+    def break_even(self) -> float:
+        """The rank, a fraction, at which a pair costs what the dense matrix does."""
+        return self.dense_cost / self.cost_per_rank
+
+    def options(self) -> list[int | None]:
+        """What can be chosen, by cost: ranks from the floor on that are cheaper than the dense matrix, then None for dense."""
         top = (self.dense_cost - 1) // self.cost_per_rank
         step = min(self.multiple, max(1, top))
-        return np.arange(step, max(top, 1) + 1, step)
+        least = self.floor * self.break_even
+        return [*(r for r in range(step, max(top, 1) + 1, step) if r >= least), None]
+
+    def cost(self, rank: int | None) -> int:
+        return self.dense_cost if rank is None else rank * self.cost_per_rank
 
 
 @dataclass
 class Allocation:
-    units: dict[tuple[str, int], list[int]]
+    units: dict[LayerKey, list[int]]
     ranks: dict[tuple[str, int, str], int | None]
     cost: int
 
@@ -61,43 +78,37 @@ class _Matrix:
     """Options of one matrix in order of cost: value and cost arrays, dense last."""
 
     def __init__(self, choice: RankChoice):
-        ranks = choice.ranks()
         mass = np.cumsum(choice.spectrum)
-        self.key = choice.key
-        self.ranks: list[int | None] = [*map(int, ranks), None]
-        self.values = np.append(mass[np.minimum(ranks, len(mass)) - 1], mass[-1])
-        self.costs = np.append(ranks * choice.cost_per_rank, choice.dense_cost).astype(np.int64)
+        self.key, self.ranks = choice.key, choice.options()
+        self.values = np.array([mass[-1 if r is None else min(r, len(mass)) - 1] for r in self.ranks])
+        self.costs = np.array([choice.cost(r) for r in self.ranks], dtype=np.int64)
 
     def best(self, price: float) -> int:
         """Index of the option worth most at a price; the cheaper one of equals."""
         return int(np.argmax(self.values - price * self.costs))
 
 
-def allocate(units: list[UnitChoice], ranks: list[RankChoice], budget: int, fixed: int = 0) -> Allocation:
+def allocate(
+    units: list[UnitChoice], ranks: list[RankChoice], budget: int, fixed: int = 0, stay: Mapping[LayerKey, int] | None = None
+) -> Allocation:
     """Spends a budget.
 
     Args:
-        units: Every removable unit; the best of each layer always stays.
+        units: Every unit that may be removed.
         ranks: Every matrix.
         budget: FLOPs allowed, over the same scope as the costs.
         fixed: FLOPs that no choice changes.
+        stay: How many units of a layer stay at least, the best ones; 1 where a layer is not named.
 
     Raises:
         InputError: the least that can be reached is above the budget.
     """
     matrices = [_Matrix(c) for c in ranks]
-    floor = _floor_units(units)
-    least = fixed + sum(u.cost for u in floor.values()) + sum(int(m.costs[0]) for m in matrices)
-    if least > budget:
-        total = fixed + sum(u.cost for u in units) + sum(int(m.costs[-1]) for m in matrices)
-        raise InputError(
-            f"a budget of {budget / total:.3f} cannot be reached: "
-            f"one head group in every layer and the smallest ranks still keep {least / total:.3f}",
-            mend=f"ask for --flops {np.ceil(1000 * least / total) / 1000:.3f} or more, or widen --scope",
-        )
+    floor = best_units(units, stay or {})
+    check_reachable(floor, ranks, budget, fixed, fixed + sum(u.cost for u in units) + sum(c.dense_cost for c in ranks))
 
     def at(price: float) -> tuple[set[UnitChoice], list[int]]:
-        kept = {u for u in units if u.value > price * u.cost} | set(floor.values())
+        kept = {u for u in units if u.value > price * u.cost} | set(floor)
         return kept, [m.best(price) for m in matrices]
 
     def cost(kept: set[UnitChoice], picks: list[int]) -> int:
@@ -114,19 +125,52 @@ def allocate(units: list[UnitChoice], ranks: list[RankChoice], budget: int, fixe
         high = low
     kept, picks = at(high)
     _spend_rest(units, matrices, kept, picks, budget - cost(kept, picks))
-    by_layer: dict[tuple[str, int], list[int]] = {}
-    for unit in sorted(kept, key=lambda u: (u.layer, u.group)):
-        by_layer.setdefault(unit.layer, []).append(unit.group)
-    return Allocation(by_layer, {m.key: m.ranks[i] for m, i in zip(matrices, picks, strict=True)}, cost(kept, picks))
+    picked = {m.key: m.ranks[i] for m, i in zip(matrices, picks, strict=True)}
+    return Allocation(by_layer(kept), picked, cost(kept, picks))
 
 
-def _floor_units(units: list[UnitChoice]) -> dict[tuple[str, int], UnitChoice]:
-    """The best unit of each layer, which always stays."""
-    best: dict[tuple[str, int], UnitChoice] = {}
+def best_units(units: list[UnitChoice], stay: Mapping[LayerKey, int]) -> list[UnitChoice]:
+    """The best units of each layer, which always stay: as many as `stay` says, one where it is silent."""
+    layers: dict[LayerKey, list[UnitChoice]] = {}
     for unit in units:
-        if unit.layer not in best or unit.value > best[unit.layer].value:
-            best[unit.layer] = unit
-    return best
+        layers.setdefault(unit.layer, []).append(unit)
+    return [u for key, own in layers.items() for u in sorted(own, key=lambda u: (-u.value, u.group))[: max(1, stay.get(key, 1))]]
+
+
+def by_layer(kept: set[UnitChoice]) -> dict[LayerKey, list[int]]:
+    """Layer to its kept groups, both ascending."""
+    found: dict[LayerKey, list[int]] = {}
+    for unit in sorted(kept, key=lambda u: (u.layer, u.group)):
+        found.setdefault(unit.layer, []).append(unit.group)
+    return found
+
+
+def check_reachable(
+    floor: list[UnitChoice], ranks: list[RankChoice], budget: int, fixed: int, total: int, chosen: str | None = None
+) -> None:
+    """Refuses a budget below what is left when all that may go is gone.
+
+    Args:
+        floor: Units that always stay.
+        ranks: Every matrix.
+        budget: FLOPs allowed.
+        fixed: FLOPs that no choice changes.
+        total: FLOPs of the original.
+        chosen: What was decided before, where heads are fixed, as words for the message.
+
+    Raises:
+        InputError: naming the least that can be reached.
+    """
+    least = fixed + sum(u.cost for u in floor) + sum(c.cost(c.options()[0]) for c in ranks)
+    if least <= budget:
+        return
+    floors = any(c.floor for c in ranks) or len(floor) > len({u.layer for u in floor})
+    heads = chosen or ("the floors" if floors else "one head group in every layer")
+    lower = "lower criterion.floors" if floors else "widen --scope"
+    raise InputError(
+        f"a budget of {budget / total:.3f} cannot be reached: {heads} and the smallest ranks still keep {least / total:.3f}",
+        mend=f"ask for --flops {np.ceil(1000 * least / total) / 1000:.3f} or more, or {'keep fewer heads' if chosen else lower}",
+    )
 
 
 def _spend_rest(units: list[UnitChoice], matrices: list[_Matrix], kept: set[UnitChoice], picks: list[int], rest: int) -> None:

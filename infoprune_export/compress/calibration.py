@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from infoprune_export.compress.statistics import Batch
+from infoprune_export.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,25 @@ class Sample:
     prompt_ids: np.ndarray
     answer_ids: np.ndarray
     pixel_values: np.ndarray | None
+
+
+def fitting(samples: Sequence[Sample], context: int | None, warn: Callable[[str], None]) -> list[Sample]:
+    """Leaves out what does not fit into the model's context.
+
+    Args:
+        samples: Questions with their answers.
+        context: The model's largest number of positions; None where it has no limit.
+        warn: Gets a line that says how many were left out.
+
+    Raises:
+        InputError: none fits.
+    """
+    fit = [s for s in samples if context is None or len(s.prompt_ids) + len(s.answer_ids) <= context]
+    if samples and not fit:
+        raise InputError(f"every calibration question is longer than the model's context of {context} tokens", mend="use shorter ones")
+    if left := len(samples) - len(fit):
+        warn(f"{left} of {len(samples)} calibration questions are longer than the model's context of {context} tokens and are left out")
+    return fit
 
 
 def make_batches(samples: Sequence[Sample], size: int = 16) -> list[Batch]:

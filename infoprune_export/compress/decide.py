@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+import numpy as np
 from torch import nn
 
-from infoprune_export.compress.allocate import RankChoice, UnitChoice, allocate
-from infoprune_export.compress.heads import score_layer
-from infoprune_export.compress.lowrank import spectrum, weighting
+from infoprune_export.compress.allocate import LayerKey, RankChoice, UnitChoice, allocate, best_units, by_layer, check_reachable
+from infoprune_export.compress.lowrank import Observed, spectrum, weighting
+from infoprune_export.compress.scores import HEAD_RULES, Evidence
+from infoprune_export.compress.shares import d_rank, keep_share, proportional, rank_within_layers, uniform
 from infoprune_export.compress.statistics import Statistics
-from infoprune_export.models.anatomy import Anatomy, Layer, site
+from infoprune_export.errors import InputError
+from infoprune_export.models.anatomy import TOWERS, Anatomy, Layer, site
 from infoprune_export.models.flops import attention_flops, count, linear_macs, tower_passes
 from infoprune_export.plans import Budget, LayerPlan, Plan, Source
-from infoprune_export.recipe import Criterion, Scope, Workload
+from infoprune_export.recipe import Criterion, Floor, Scope, Workload
+
+RankKey = tuple[str, int, str]
 
 
 def decide(
@@ -25,47 +33,42 @@ def decide(
     flops: float,
     scope: Scope,
     seed: int = 0,
+    heads: Mapping[LayerKey, list[int]] | None = None,
 ) -> Plan:
     """Decides what is kept of every layer.
 
     Args:
         model: The original.
         anatomy: Of that model.
-        stats: Pass 1 on it.
+        stats: Pass 1 on it, with what the criterion needs (see `evidence.gather_for`).
         source: Recorded in the plan.
-        criterion: How to score.
+        criterion: How to score and to allocate.
         workload: What the FLOPs are counted for.
         flops: Fraction kept of the original's FLOPs over the scope, 0 < flops < 1.
         scope: What the fraction is of, and what may be cut.
-        seed: Recorded in the plan.
+        seed: Recorded in the plan, and for the head rule that draws.
+        heads: (tower, layer) to the KV groups that stay, where they were chosen already; only ranks are decided then,
+            and layers that are not named keep all.
 
     Raises:
-        InputError: the budget is below what can be reached.
+        InputError: the budget is below what can be reached, or the calibration data say nothing about a tower.
     """
-    towers = tower_passes(anatomy, workload)
     cut = [x for x in anatomy.layers() if scope in ("all", x.tower)]
-    units, ranks = [], []
-    for layer in cut:
-        units += _units(model, layer, stats, criterion, workload, anatomy)
-        for role, linear in layer.ffn.matrices.items():
-            key = site(layer.tower, layer.index, role)
-            moments = stats.ffn[key]
-            weight = model.get_submodule(linear.path).weight.double()
-            per_mac = 2 * towers[layer.tower].tokens
-            ranks.append(
-                RankChoice(
-                    (layer.tower, layer.index, role),
-                    spectrum(linear, weighting(key, linear, weight, moments, stats)).numpy(),
-                    per_mac * linear_macs(linear, 1),
-                    per_mac * linear_macs(linear),
-                    criterion.rank_multiple,
-                )
-            )
+    _check_seen(cut, stats, criterion)
+    units = score_units(model, cut, anatomy, stats, criterion, workload, seed, scored=heads is None)
+    ranks = _ranks(model, cut, anatomy, stats, criterion, workload)
     original = count(anatomy, workload).over(scope)
     fixed = original - sum(u.cost for u in units) - sum(r.dense_cost for r in ranks)
-    found = allocate(units, ranks, int(flops * original), fixed)
-    layers = [_layer_plan(x, found.units.get((x.tower, x.index)), found.ranks) for x in anatomy.layers()]
-    return _with_budget(layers, anatomy, source, criterion, workload, flops, scope, seed)
+    budget = int(flops * original)
+    if heads is None and criterion.head_share is None and criterion.one_currency:
+        found = allocate(units, ranks, budget, fixed, least_units(cut, criterion))
+        kept, rank_of = found.units, found.ranks
+    else:
+        kept, rank_of = _apart(units, ranks, budget, fixed, cut, criterion, heads)
+    layers = [_layer_plan(x, kept.get((x.tower, x.index)), rank_of) for x in anatomy.layers()]
+    plan = _with_budget(layers, anatomy, source, criterion, workload, flops, scope, seed)
+    plan.budget = plan.budget.model_copy(update={"eps": _mass_lost(ranks, rank_of)})
+    return plan
 
 
 def keep_everything(anatomy: Anatomy, *, source: Source, criterion: Criterion, workload: Workload, scope: Scope, seed: int = 0) -> Plan:
@@ -73,16 +76,129 @@ def keep_everything(anatomy: Anatomy, *, source: Source, criterion: Criterion, w
     return _with_budget([_layer_plan(x, None, {}) for x in anatomy.layers()], anatomy, source, criterion, workload, 1.0, scope, seed)
 
 
-def _units(
-    model: nn.Module, layer: Layer, stats: Statistics, criterion: Criterion, workload: Workload, anatomy: Anatomy
+def _apart(
+    units: list[UnitChoice],
+    ranks: list[RankChoice],
+    budget: int,
+    fixed: int,
+    cut: list[Layer],
+    criterion: Criterion,
+    heads: Mapping[LayerKey, list[int]] | None,
+) -> tuple[dict[LayerKey, list[int]], dict[RankKey, int | None]]:
+    """Heads first, by a share of the attention or as given; the feed-forwards get exactly what is left."""
+    total = fixed + sum(u.cost for u in units) + sum(r.dense_cost for r in ranks)
+    if heads is not None:
+        kept = {u for u in units if u.group in heads.get(u.layer, [u.group])}
+        chosen = "the heads that were chosen"
+    else:
+        stay, smallest = least_units(cut, criterion), sum(r.cost(r.options()[0]) for r in ranks)
+        attention = sum(u.cost for u in units)
+        if criterion.head_share is not None:
+            allowance, chosen = criterion.head_share * attention, f"criterion.head_share {criterion.head_share:g}"
+        else:
+            check_reachable(best_units(units, stay), ranks, budget, fixed, total)
+            # The same share of attention and feed-forwards, unless even the smallest ranks need more.
+            same = (budget - fixed) / (total - fixed)
+            allowance, chosen = min(same * attention, budget - fixed - smallest), None
+        kept = keep_share(units, allowance, stay)
+    left = budget - fixed - sum(u.cost for u in kept)
+    check_reachable(list(kept), ranks, budget, fixed, total, chosen)
+    if criterion.allocation == "ks":
+        rank_of = allocate([], ranks, left).ranks
+    else:
+        rank_of = proportional(ranks, {"uniform": uniform, "d-rank": d_rank}[criterion.allocation](ranks), left)
+    return by_layer(kept), rank_of
+
+
+def score_units(
+    model: nn.Module,
+    cut: list[Layer],
+    anatomy: Anatomy,
+    stats: Statistics,
+    criterion: Criterion,
+    workload: Workload,
+    seed: int,
+    *,
+    scored: bool,
 ) -> list[UnitChoice]:
-    passes, attention = tower_passes(anatomy, workload)[layer.tower], layer.attention
-    scores = score_layer(layer, model.get_submodule(attention.o.path).weight, stats, criterion.erank_weight)
-    cost = attention_flops(layer, attention.heads_per_group, 1, passes)
-    return [UnitChoice((layer.tower, layer.index), s.group, criterion.head_weight * s.score, cost) for s in scores]
+    """Every unit of the layers that may be cut, valued so that the larger is to be kept first."""
+    towers, rule = tower_passes(anatomy, workload), HEAD_RULES[criterion.heads]
+    evidence = Evidence(model, stats, seed, criterion.erank_weight)
+    units = []
+    for layer in cut:
+        scores = rule.score(layer, evidence) if scored else [0.0] * layer.attention.kv_groups
+        cost = attention_flops(layer, layer.attention.heads_per_group, 1, towers[layer.tower])
+        units += [UnitChoice((layer.tower, layer.index), g, criterion.head_weight * s, cost) for g, s in enumerate(scores)]
+    return rank_within_layers(units) if (criterion.head_ranking or rule.ranking) == "layer" else units
 
 
-def _layer_plan(layer: Layer, kept: list[int] | None, ranks: dict[tuple[str, int, str], int | None]) -> LayerPlan:
+def _ranks(
+    model: nn.Module, cut: list[Layer], anatomy: Anatomy, stats: Statistics, criterion: Criterion, workload: Workload
+) -> list[RankChoice]:
+    """Every feed-forward matrix of the layers that may be cut; with its spectrum where the allocation looks at it."""
+    towers, rule = tower_passes(anatomy, workload), criterion.weighting
+    ranks = []
+    for layer in cut:
+        per_mac = 2 * towers[layer.tower].tokens
+        for role, linear in layer.ffn.matrices.items():
+            key, values = site(layer.tower, layer.index, role), np.empty(0)
+            if criterion.allocation != "uniform":
+                weight = model.get_submodule(linear.path).weight.double().cpu()
+                seen: Observed = {"asvd": stats.scales, "none": {}}.get(rule, stats.ffn).get(key)
+                values = spectrum(linear, weighting(rule, key, linear, weight, seen, stats)).numpy()
+            ranks.append(
+                RankChoice(
+                    (layer.tower, layer.index, role),
+                    values,
+                    per_mac * linear_macs(linear, 1),
+                    per_mac * linear_macs(linear),
+                    criterion.rank_multiple,
+                    criterion.floors.get(layer.tower, Floor()).ranks,
+                )
+            )
+    return ranks
+
+
+def least_units(cut: list[Layer], criterion: Criterion) -> dict[LayerKey, int]:
+    """How many units of each layer stay at least."""
+    floor = {x: criterion.floors.get(x, Floor()).heads for x in TOWERS}
+    return {(x.tower, x.index): max(1, math.ceil(floor[x.tower] * x.attention.kv_groups - 1e-9)) for x in cut}
+
+
+def _check_seen(cut: list[Layer], stats: Statistics, criterion: Criterion) -> None:
+    """Refuses to cut a tower of which the calibration data show nothing; it would be emptied."""
+    for tower in dict.fromkeys(x.tower for x in cut):
+        keys = [site(x.tower, x.index, "o") for x in cut if x.tower == tower]
+        if not any(stats.attention[k].count for k in keys):
+            other = next(x for x in TOWERS if x != tower)
+            raise InputError(
+                f"no calibration sample reaches the {tower} tower", mend=f"use questions with images, or --scope {other} to leave it whole"
+            )
+        fisher = criterion.weighting == "loss" or "fisher" in HEAD_RULES[criterion.heads].needs
+        if fisher and not any(stats.gradients[k].outer.any() for k in keys):
+            raise InputError(
+                f"the loss has no gradient in the {tower} tower on the calibration data",
+                mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",
+            )
+
+
+def _mass_lost(ranks: list[RankChoice], chosen: Mapping[RankKey, int | None]) -> dict[str, float] | None:
+    """Per tower, the KS distance between the pooled spectra of its feed-forwards and what is kept of them.
+
+    What is kept are some of the pooled values, so the distance over the index is largest at the end: the mass cut off.
+    """
+    if not all(r.spectrum.size for r in ranks):
+        return None
+    lost = {}
+    for tower in dict.fromkeys(r.key[0] for r in ranks):
+        own = [r for r in ranks if r.key[0] == tower]
+        total = sum(float(r.spectrum.sum()) for r in own)
+        gone = sum(float(r.spectrum[rank:].sum()) for r in own if (rank := chosen[r.key]) is not None)
+        lost[tower] = gone / total if total else 0.0
+    return lost
+
+
+def _layer_plan(layer: Layer, kept: list[int] | None, ranks: Mapping[RankKey, int | None]) -> LayerPlan:
     groups = list(range(layer.attention.kv_groups)) if kept is None else kept
     per_group = layer.attention.heads_per_group
     return LayerPlan(

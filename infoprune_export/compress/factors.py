@@ -9,17 +9,18 @@ every layer runs a fixed number of times however deep the model is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.compress.heads import refit_output
-from infoprune_export.compress.lowrank import factorise, weighting
-from infoprune_export.compress.statistics import Batch, Moments, Statistics, input_side, without_bias
+from infoprune_export.compress.heads import fold_mean, refit_output
+from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, weighting
+from infoprune_export.compress.statistics import Batch, Moments, Statistics, TokenWeights, at_input, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.models.anatomy import Layer, Tower, site
-from infoprune_export.plans import Factors, LayerPlan, Plan
+from infoprune_export.plans import Factors, Plan
 
 
 @torch.no_grad()
@@ -45,10 +46,11 @@ def make_factors(
     """
     factors: dict[str, Tensor] = {}
     for tower in (plan.anatomy.vision, plan.anatomy.language):
-        todo = [x for x in tower.layers if _is_cut(x, plan.decision(x.tower, x.index))]
+        todo = [x for x in tower.layers if plan.decision(x.tower, x.index).cuts(x)]
         if not todo:
             continue
-        prefix = _Prefix(model, tower, batches)
+        tokens = TokenWeights(plan.criterion.text_share, model.config.image_token_id)
+        prefix = _Prefix(model, tower, batches, tokens)
         for layer in tower.layers[: todo[-1].index + 1]:
             if layer in todo:
                 factors |= _cut_layer(model, layer, plan, prefix, stats)
@@ -58,56 +60,70 @@ def make_factors(
     return {name: tensor.contiguous().numpy() for name, tensor in sorted(factors.items())}
 
 
-def _is_cut(layer: Layer, decision: LayerPlan) -> bool:
-    return len(decision.heads) < layer.attention.heads or any(r is not None for r in decision.ranks.values())
-
-
 def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, prefix: _Prefix, stats: Statistics) -> dict[str, Tensor]:
-    decision = plan.decision(layer.tower, layer.index)
+    decision, rule = plan.decision(layer.tower, layer.index), plan.criterion.weighting
     factors: dict[str, Tensor] = {}
-    attention = layer.attention
-    if len(decision.heads) < attention.heads:
-        projection = model.get_submodule(attention.o.path)
-        if plan.criterion.compensate:
-            moments = prefix.moments(model, layer, attention.o.path, attention.o.d_in, lambda m, x, y: x)
-            kept = head_rows(attention, decision.heads)
-            refit = refit_output(projection.weight, projection.bias, moments.second, moments.mean, kept)
-            key = site(layer.tower, layer.index, "o")
-            factors |= {f"{key}.{name}": t for name, t in refit.items()}
-        prune_heads(model, attention, decision.heads, decision.kv_groups)
-        if plan.criterion.compensate:
-            model.set_submodule(attention.o.path, dense(refit["weight"], refit.get("bias")))
+    if len(decision.heads) < layer.attention.heads:
+        compensated = _compensate(model, layer, plan, prefix)
+        key, path = site(layer.tower, layer.index, "o"), layer.attention.o.path
+        factors |= {f"{key}.{name}": t for name, t in compensated.items()}
+        prune_heads(model, layer.attention, decision.heads, decision.kv_groups)
+        if compensated:
+            new = dense(compensated["weight"], compensated.get("bias"))
+            model.set_submodule(path, new.to(model.get_submodule(path).weight.device))
+    shared: Observed = None
     for role, linear in layer.ffn.matrices.items():
         if (rank := decision.ranks[role]) is None:
             continue
         key, module = site(layer.tower, layer.index, role), model.get_submodule(linear.path)
-        moments = prefix.moments(
-            model,
-            layer,
-            linear.path,
-            min(linear.d_in, linear.d_out),
-            (lambda m, x, y: x) if input_side(linear) else (lambda m, x, y: without_bias(m, y)),
-        )
-        w = weighting(key, linear, module.weight.double(), moments, stats)
-        pair = factorise(linear, module.weight, module.bias, w, moments.mean, rank)
+        if role == "up" and shared is not None:
+            seen = shared
+        elif (seen := nothing_seen(rule, linear)) is not None:
+            prefix.watch(model, layer, linear.path, observer(linear, seen, layer.tower, prefix.tokens))
+        if role == "gate" and at_input(linear, seen):
+            shared = seen  # up reads the same input: the layer need not run again
+        weight, bias = _on_cpu(module)
+        w = weighting(rule, key, linear, weight.double(), seen, stats)
+        pair = factorise(linear, weight, bias, w, rank)
         factors |= {f"{key}.{name}": t for name, t in pair.items()}
-        model.set_submodule(linear.path, low_rank(pair["first"], pair["second"], pair.get("bias")))
+        model.set_submodule(linear.path, low_rank(pair["first"], pair["second"], pair.get("bias")).to(module.weight.device))
     return factors
+
+
+def _on_cpu(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """A map's weight and bias where the moments are: decompositions in float64 run on the CPU."""
+    return module.weight.cpu(), None if module.bias is None else module.bias.cpu()
+
+
+def _compensate(model: nn.Module, layer: Layer, plan: Plan, prefix: _Prefix) -> dict[str, Tensor]:
+    """What the output projection becomes when heads go; nothing where it is only sliced."""
+    if plan.criterion.compensate == "none":
+        return {}
+    o = layer.attention.o
+    weight, bias = _on_cpu(model.get_submodule(o.path))
+    kept = head_rows(layer.attention, plan.decision(layer.tower, layer.index).heads)
+    moments = Moments.zeros(o.d_in)
+    prefix.watch(model, layer, o.path, lambda module, args, y: moments.add(args[0], prefix.tokens.of(layer.tower)))
+    if plan.criterion.compensate == "bias":
+        return fold_mean(weight, bias, moments.mean, kept)
+    return refit_output(weight, bias, moments.second, moments.mean, kept)
 
 
 class _Prefix:
     """The calibration batches' hidden states in front of one layer of a tower, as the compressed prefix gives them."""
 
-    def __init__(self, model: nn.Module, tower: Tower, batches: Sequence[Batch]):
+    def __init__(self, model: nn.Module, tower: Tower, batches: Sequence[Batch], tokens: TokenWeights):
+        self.tokens = tokens
         self.calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
+        self._ids: list[Tensor] = []
         first = model.get_submodule(tower.layers[0].path)
         handle = first.register_forward_pre_hook(self._capture, with_kwargs=True)
         try:
             for batch in batches:
-                try:
+                with suppress(_Captured):
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
-                except _Captured:
-                    continue
+                if len(self.calls) > len(self._ids):  # a batch without images never calls a vision tower
+                    self._ids.append(batch.inputs["input_ids"])
         finally:
             handle.remove()
 
@@ -121,21 +137,26 @@ class _Prefix:
         """Passes the hidden states through a layer."""
         self.calls = [(_hidden(layer(x, *args, **kwargs)), args, kwargs) for x, args, kwargs in self.calls]
 
-    def moments(self, model: nn.Module, layer: Layer, path: str, n: int, pick: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Moments:
-        """Moments of what `pick` takes of the call of one map inside a layer."""
-        moments = Moments.zeros(n)
-        handle = model.get_submodule(path).register_forward_hook(lambda m, args, y: moments.add(pick(m, args[0], y)))
+    def watch(self, model: nn.Module, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
+        """Runs a layer as far as one map inside it, with a forward hook there."""
+
+        def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            hook(module, args, output)
+            raise _Captured  # what the layer does after this map is not needed here
+
+        handle = model.get_submodule(path).register_forward_hook(take)
         try:
             module = model.get_submodule(layer.path)
-            for x, args, kwargs in self.calls:
-                module(x, *args, **kwargs)
+            for ids, (x, args, kwargs) in zip(self._ids, self.calls, strict=True):
+                self.tokens.start(ids)
+                with suppress(_Captured):
+                    module(x, *args, **kwargs)
         finally:
             handle.remove()
-        return moments
 
 
 class _Captured(Exception):
-    """Ends a forward pass whose first layer's input has been taken."""
+    """Ends a forward pass once what was wanted of it has been taken."""
 
 
 def _hidden(output: Tensor | tuple) -> Tensor:

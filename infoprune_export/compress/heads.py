@@ -42,16 +42,14 @@ def columns(attention: Attention, group: int) -> list[int]:
     return list(range(group * width, (group + 1) * width))
 
 
-def loss_root(stats: Statistics, key: str, width: int, energy: Tensor) -> Tensor:
-    """`G^(1/2)` at a block's output, shape [width, width]; relative to the output's energy where there is no loss."""
+def loss_root(stats: Statistics, key: str, width: int) -> Tensor:
+    """`G^(1/2)` at a block's output, shape [width, width]."""
     identity = torch.eye(width, dtype=torch.float64)
-    if not stats.weighted:
-        return identity / energy.clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     g = stats.gradients[key].outer / stats.samples
     return symmetric_power((1 - GRADIENT_FLOOR) * g + GRADIENT_FLOOR * torch.trace(g) / width * identity, 0.5)
 
 
-def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: float) -> list[UnitScore]:
+def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: float, *, weighted: bool = True) -> list[UnitScore]:
     """Scores every unit of one attention block.
 
     Args:
@@ -59,14 +57,18 @@ def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: f
         weight: Its output projection W, shape [hidden, heads * head_dim].
         stats: Pass 1.
         erank_weight: a; the score is `ks * (1 - a + a * erank)`.
+        weighted: Weight by the loss gradient; without, spectra are relative to the norm of the block's own output.
     """
     attention, key = layer.attention, site(layer.tower, layer.index, "o")
     w = weight.double()
     moments = stats.attention[key]
     # Where the projection has a bias, a unit's mean output can be folded into it: only the variation is information.
     c = moments.covariance if attention.o.bias else moments.second
-    g_root = loss_root(stats, key, attention.o.d_out, torch.trace(w @ c @ w.T))
-    a = g_root @ w
+    if weighted:
+        a = loss_root(stats, key, attention.o.d_out) @ w
+    else:
+        energy = float(torch.trace(w @ c @ w.T))
+        a = w / energy**0.5 if energy > 0 else w
     whole = spectrum_of_moment(a @ c @ a.T)
     scores = []
     for group in range(attention.kv_groups):
@@ -78,6 +80,24 @@ def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: f
         information = effective_rank(spectrum_of_moment(c_own @ a[:, own].T @ a[:, own] @ c_own)) / len(own)
         scores.append(UnitScore(group, information, ks, ks * (1 - erank_weight + erank_weight * information)))
     return scores
+
+
+def fold_mean(weight: Tensor, bias: Tensor | None, mean: Tensor, kept: list[int]) -> dict[str, Tensor]:
+    """The output projection on the kept columns, the mean output of what is dropped in its bias (FLAP, arXiv 2312.11983).
+
+    Args:
+        weight: W, shape [d_out, d_in].
+        bias: Shape [d_out], or None; the result has one either way.
+        mean: `E[z]`, shape [d_in], float64.
+        kept: Kept columns, ascending.
+
+    Returns:
+        `weight` [d_out, |kept|] and `bias` [d_out]; float32.
+    """
+    lost = mean.clone()
+    lost[kept] = 0
+    folded = weight.double() @ lost
+    return {"weight": weight[:, kept].float(), "bias": (folded if bias is None else bias.double() + folded).float()}
 
 
 def refit_output(

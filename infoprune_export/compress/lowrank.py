@@ -9,6 +9,9 @@ whitened SVD of SVD-LLM, arXiv 2403.07378). Only the smaller side's moments are 
   `W' = (G^(-1/2) U) (U^T G^(1/2) W)`.
 
 Where the map has a bias, moments are centred and the mean of what is dropped goes into the bias.
+
+The published rules are the same problem with other weights: ASVD puts `diag(mean|x|^(1/2))` in the place of
+`C^(1/2)`, plain SVD nothing; both leave the bias as it is.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.information import spectrum_of_moment, symmetric_power
-from infoprune_export.compress.statistics import Moments, Statistics, input_side
+from infoprune_export.compress.statistics import InputScale, Moments, Statistics, input_side
 from infoprune_export.models.anatomy import Linear
+from infoprune_export.recipe import WeightingName
 
 GRADIENT_FLOOR = 0.1
 """Share of an isotropic gradient mixed into G: with few samples G has directions that it never saw."""
@@ -52,35 +56,57 @@ class Weighting:
     Attributes:
         data: C or Y, the moment of inputs or outputs, shape [n, n].
         loss: M or G, the moment of gradients on the same side, shape [n, n]; its scale is the loss per sample.
+        mean: Of the inputs, or of the outputs without bias, to be folded into the bias, shape [n].
     """
 
     data: Tensor
     loss: Tensor
-
-    def matrix(self) -> tuple[Tensor, Tensor]:
-        """The symmetric matrix whose eigenvectors are kept, and the root that was applied on both sides."""
-        return _sandwich(self)
+    mean: Tensor
 
 
-def weighting(key: str, linear: Linear, weight: Tensor, moments: Moments, stats: Statistics) -> Weighting:
+Observed = Moments | InputScale | None
+"""What a rule has to see of a map's data; None where it looks at the weights alone."""
+
+
+def nothing_seen(rule: WeightingName, linear: Linear) -> Observed:
+    """An empty accumulator of what a rule has to see."""
+    if rule == "none":
+        return None
+    return InputScale.zeros(linear.d_in) if rule == "asvd" else Moments.zeros(min(linear.d_in, linear.d_out))
+
+
+def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, seen: Observed, stats: Statistics) -> Weighting:
     """Puts together the weights of one map.
 
     Args:
+        rule: `loss`, `activation`, `asvd` or `none`.
         key: Site of the map.
         linear: Its sizes.
         weight: W, shape [d_out, d_in], float64.
-        moments: Of its smaller side, from pass 1 or from the compressed prefix.
+        seen: From pass 1 or from the compressed prefix, as `nothing_seen` made it.
         stats: Pass 1, for the gradients.
     """
-    data = moments.covariance if linear.bias else moments.second
     identity = weight.T @ weight if input_side(linear) else torch.eye(linear.d_out, dtype=torch.float64)
-    if not stats.weighted:
+    if isinstance(seen, Moments):
+        data, mean = (seen.covariance, seen.mean) if linear.bias else (seen.second, seen.mean)
+    else:
+        scale = torch.ones(linear.d_in, dtype=torch.float64) if seen is None else _asvd_scale(seen)
+        data = torch.diag(scale**2) if input_side(linear) else (weight * scale**2) @ weight.T
+        mean = torch.zeros(len(data), dtype=torch.float64)
+    if rule != "loss":
         # Relative error of the map's own output: the only scale there is without the loss.
-        energy = torch.trace(identity @ data).clamp_min(torch.finfo(torch.float64).tiny)
-        return Weighting(data, identity / energy)
+        energy = float(torch.trace(identity @ data))
+        return Weighting(data, identity / energy if energy > 0 else identity, mean)
     gradients = stats.gradients[key].outer / stats.samples
     energy = stats.gradient_energy[key] / stats.samples
-    return Weighting(data, (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * identity)
+    return Weighting(data, (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * identity, mean)
+
+
+def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:
+    """`mean|x|^alpha`; channels that were never used count as the weakest one that was, so that they can be undone."""
+    scale = seen.mean**alpha
+    used = scale[scale > 0]
+    return scale.clamp_min(float(used.min())) if len(used) else torch.ones_like(scale)
 
 
 def spectrum(linear: Linear, w: Weighting) -> Tensor:
@@ -94,7 +120,7 @@ def _sandwich(w: Weighting) -> tuple[Tensor, Tensor]:
     return (product + product.T) / 2, root
 
 
-def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting, mean: Tensor, rank: int) -> dict[str, Tensor]:
+def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting, rank: int) -> dict[str, Tensor]:
     """The best pair of a given rank.
 
     Args:
@@ -102,7 +128,6 @@ def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting,
         weight: W, shape [d_out, d_in].
         bias: Its bias, shape [d_out].
         w: Weights from `weighting`.
-        mean: Mean of the side that `w.data` is of (input, or output without bias).
         rank: r.
 
     Returns:
@@ -113,14 +138,14 @@ def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting,
         product, root = _sandwich(w)
         top = torch.linalg.eigh(product).eigenvectors[:, -rank:].flip(1)
         second, first = weight @ (root @ top), top.T @ symmetric_power(w.data, -0.5)
-        dropped_mean = weight @ mean - second @ (first @ mean)
+        dropped_mean = weight @ w.mean - second @ (first @ w.mean)
     else:
         # Here G is inverted, never the data: directions without data are free, directions without loss have the floor.
         root = symmetric_power(w.loss, 0.5)
         product = root @ w.data @ root
         top = torch.linalg.eigh((product + product.T) / 2).eigenvectors[:, -rank:].flip(1)
         second, first = symmetric_power(w.loss, -0.5) @ top, top.T @ root @ weight
-        dropped_mean = mean - second @ (top.T @ (root @ mean))
+        dropped_mean = w.mean - second @ (top.T @ (root @ w.mean))
     balance = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     pair = {"first": (first / balance[:, None]).float(), "second": (second * balance).float()}
     if bias is not None:

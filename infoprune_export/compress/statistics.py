@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from infoprune_export.errors import InputError
-from infoprune_export.models.anatomy import Anatomy, Layer, Linear, site
+from infoprune_export.models.anatomy import Anatomy, Layer, Linear, TowerName, site
+
+if TYPE_CHECKING:
+    from infoprune_export.compress.evidence import TaskGradients
 
 
 @dataclass
@@ -31,11 +36,12 @@ class Moments:
     def zeros(cls, n: int) -> Moments:
         return cls(torch.zeros(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64))
 
-    def add(self, rows: Tensor) -> None:
-        """Adds vectors, shape [..., n]."""
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Adds vectors, shape [..., n], each counted as often as its weight says, shape [...], on average once."""
         rows = rows.detach().reshape(-1, rows.shape[-1]).float()
-        self.total += rows.double().sum(0).cpu()
-        self.outer += (rows.T @ rows).double().cpu()
+        weighted = rows if weights is None else rows * weights.reshape(-1, 1)
+        self.total += weighted.double().sum(0).cpu()
+        self.outer += (weighted.T @ rows).double().cpu()
         self.count += rows.shape[0]
 
     @property
@@ -54,6 +60,29 @@ class Moments:
 
 
 @dataclass
+class InputScale:
+    """Running mean of `|x|` of every channel of a stream of vectors (what ASVD asks for)."""
+
+    total: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, n: int) -> InputScale:
+        return cls(torch.zeros(n, dtype=torch.float64))
+
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Adds vectors, shape [..., n], weighted as in `Moments.add`."""
+        rows = rows.detach().reshape(-1, rows.shape[-1])
+        weighted = rows if weights is None else rows * weights.reshape(-1, 1)
+        self.total += weighted.double().abs().sum(0).cpu()
+        self.count += rows.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / max(self.count, 1)
+
+
+@dataclass
 class Batch:
     """Calibration samples of equal length, so that nothing is padded.
 
@@ -69,6 +98,42 @@ class Batch:
     def samples(self) -> int:
         return self.targets.shape[0]
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch({name: t.to(device) for name, t in self.inputs.items()}, self.targets.to(device))
+
+
+@dataclass
+class TokenWeights:
+    """How much each token of the batch under way counts in the language model's moments.
+
+    Most tokens are image tokens, but the loss is felt on the text: its gradient at a text token was 40 to 2,000
+    times that at an image token in the network we measured. Where a share is given, the text tokens of every sample
+    together weigh that much and its image tokens the rest; without one every token counts the same.
+
+    Attributes:
+        share: Of the text tokens, between 0 and 1.
+        image_token: Id that stands for an image token in the input.
+        now: Weights of the batch under way, 1 on average, shape [batch, sequence].
+    """
+
+    share: float | None
+    image_token: int
+    now: Tensor | None = None
+
+    def start(self, ids: Tensor) -> None:
+        """Begins a batch of token ids, shape [batch, sequence]."""
+        image = ids == self.image_token
+        n = image.sum(1, keepdim=True)
+        if self.share is None or not n.any():
+            self.now = None
+            return
+        text = self.share / (ids.shape[1] - n).clamp_min(1)
+        self.now = torch.where(n == 0, 1.0, torch.where(image, (1 - self.share) / n.clamp_min(1), text) * ids.shape[1])
+
+    def of(self, tower: TowerName) -> Tensor | None:
+        """The weights for a site of a tower; a vision tower sees nothing but image."""
+        return self.now if tower == "language" else None
+
 
 @dataclass
 class Statistics:
@@ -80,6 +145,8 @@ class Statistics:
         gradients: Site to moments of the loss gradient: at the output for output-side maps; pulled back through
             the map to its input (`W^T g`) for input-side ones.
         gradient_energy: Site to the mean of `|g|^2` per output and sample, for regularisation.
+        scales: Site of a feed-forward matrix to the mean absolute value of its inputs, where it was asked for.
+        task: Gradients of the reference answers' loss, where a head score asks for them.
         samples: Questions seen.
         weighted: Whether gradients were gathered.
     """
@@ -88,6 +155,8 @@ class Statistics:
     ffn: dict[str, Moments] = field(default_factory=dict)
     gradients: dict[str, Moments] = field(default_factory=dict)
     gradient_energy: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, InputScale] = field(default_factory=dict)
+    task: TaskGradients | None = None
     samples: int = 0
     weighted: bool = True
 
@@ -107,6 +176,8 @@ def gather(
     batches: Iterable[Batch],
     *,
     weighted: bool = True,
+    scales: bool = False,
+    text_share: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -118,6 +189,8 @@ def gather(
         anatomy: Of that model.
         batches: In a fixed order.
         weighted: Also run a backward pass and gather the moments of loss gradients.
+        scales: Also gather the mean absolute inputs of the feed-forward matrices.
+        text_share: Of the text tokens in the language model's moments; see `TokenWeights`.
         temperature: Of the model's own predictions, from which the labels of the backward pass are drawn.
         seed: For those draws.
         progress: Called with the number of samples done.
@@ -127,14 +200,13 @@ def gather(
     """
     stats = Statistics(weighted=weighted)
     generator = torch.Generator().manual_seed(seed)
-    with _hooks(model, anatomy, stats):
+    tokens = TokenWeights(text_share, model.config.image_token_id)
+    with _hooks(model, anatomy, stats, scales, tokens):
         for batch in batches:
+            tokens.start(batch.inputs["input_ids"])
             stats.samples += batch.samples
             if weighted:
-                if "pixel_values" in batch.inputs:
-                    batch.inputs["pixel_values"].requires_grad_()
-                with torch.enable_grad():
-                    fisher_loss(model(**batch.inputs, use_cache=False).logits, batch.targets, temperature, generator).backward()
+                backward(model, batch, lambda logits, targets: fisher_loss(logits, targets, temperature, generator))
             else:
                 with torch.no_grad():
                     model(**batch.inputs, use_cache=False, logits_to_keep=1)
@@ -150,9 +222,33 @@ def gather(
             )
     if weighted and not any(m.outer.any() for m in stats.gradients.values()):
         raise InputError(
-            "the loss has no gradient on the calibration data", mend="use other data, or criterion.weighting: activation in the recipe"
+            "the loss has no gradient on the calibration data",
+            mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",
         )
     return stats
+
+
+def backward(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Runs one batch forward and backward; hooks gather what they want of it.
+
+    Args:
+        model: Frozen or not.
+        batch: Its pixels ask for a gradient, so that one reaches the vision tower of a frozen model.
+        loss: Of logits [batch, sequence, vocabulary] and targets.
+    """
+    inputs = dict(batch.inputs)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].detach().requires_grad_()
+    # Answers come last: logits before the first of them would be most of the memory, and are not needed.
+    first = (batch.targets != -100).any(0).int().argmax()
+    wanted = batch.targets.shape[1] - int(first)
+    with torch.enable_grad():
+        loss(model(**inputs, use_cache=False, logits_to_keep=wanted).logits, batch.targets[:, -wanted:]).backward()
+
+
+def reach_embeddings(model: nn.Module, anatomy: Anatomy) -> RemovableHandle:
+    """Lets gradients reach the layers of a frozen language model: its embeddings ask for one."""
+    return model.get_submodule(anatomy.embed_path).register_forward_hook(lambda module, args, out: out.requires_grad_())
 
 
 def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -168,19 +264,17 @@ def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: 
         generator: For the draws.
     """
     picked = (logits[targets != -100] / temperature).float()
-    labels = torch.multinomial(picked.detach().softmax(-1), 1, generator=generator)
+    labels = torch.multinomial(picked.detach().softmax(-1).cpu(), 1, generator=generator).to(picked.device)
     return -picked.log_softmax(-1).gather(-1, labels).sum()
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, stats: Statistics) -> Iterator[None]:
+def _hooks(model: nn.Module, anatomy: Anatomy, stats: Statistics, scales: bool, tokens: TokenWeights) -> Iterator[None]:
     handles = []
     for layer in anatomy.layers():
-        handles += list(_layer_hooks(model, layer, stats))
+        handles += list(_layer_hooks(model, layer, stats, scales, tokens))
     if stats.weighted:
-        # Weights are frozen: gradients reach every layer because the embeddings and the pixels ask for one.
-        embed = model.get_submodule(anatomy.embed_path)
-        handles.append(embed.register_forward_hook(lambda m, a, out: out.requires_grad_()))
+        handles.append(reach_embeddings(model, anatomy))
     try:
         yield
     finally:
@@ -188,12 +282,12 @@ def _hooks(model: nn.Module, anatomy: Anatomy, stats: Statistics) -> Iterator[No
             handle.remove()
 
 
-def _layer_hooks(model: nn.Module, layer: Layer, stats: Statistics) -> Iterator:
-    o = layer.attention.o
+def _layer_hooks(model: nn.Module, layer: Layer, stats: Statistics, scales: bool, tokens: TokenWeights) -> Iterator[RemovableHandle]:
+    o, tower = layer.attention.o, layer.tower
     key = site(layer.tower, layer.index, "o")
     stats.attention[key] = Moments.zeros(o.d_in)
     module = model.get_submodule(o.path)
-    yield module.register_forward_pre_hook(lambda m, args, key=key: stats.attention[key].add(args[0]))
+    yield module.register_forward_pre_hook(lambda m, args, key=key: stats.attention[key].add(args[0], tokens.of(tower)))
     if stats.weighted:
         stats.gradients[key] = Moments.zeros(o.d_out)
         yield module.register_full_backward_hook(lambda m, _, grad, key=key: stats.gradients[key].add(grad[0]))
@@ -201,16 +295,28 @@ def _layer_hooks(model: nn.Module, layer: Layer, stats: Statistics) -> Iterator:
         key = site(layer.tower, layer.index, role)
         module = model.get_submodule(linear.path)
         stats.ffn[key] = Moments.zeros(min(linear.d_in, linear.d_out))
-        yield module.register_forward_hook(_observer(stats.ffn, key, linear))
+        yield module.register_forward_hook(observer(linear, stats.ffn[key], tower, tokens))
+        if scales:
+            stats.scales[key] = InputScale.zeros(linear.d_in)
+            yield module.register_forward_hook(observer(linear, stats.scales[key], tower, tokens))
         if stats.weighted:
             stats.gradients[key] = Moments.zeros(min(linear.d_in, linear.d_out))
             stats.gradient_energy[key] = 0.0
             yield module.register_full_backward_hook(_gradient_observer(stats, key, linear))
 
 
-def _observer(moments: dict[str, Moments], key: str, linear: Linear) -> Callable:
+def at_input(linear: Linear, into: Moments | InputScale | None) -> bool:
+    """Whether an accumulator takes the inputs of a feed-forward matrix, and not its outputs."""
+    return isinstance(into, InputScale) or (into is not None and input_side(linear))
+
+
+def observer(
+    linear: Linear, into: Moments | InputScale, tower: TowerName, tokens: TokenWeights
+) -> Callable[[nn.Module, tuple, Tensor], None]:
+    """A forward hook for a feed-forward matrix: moments of its smaller side, or the scale of its inputs."""
+
     def observe(module: nn.Linear, args: tuple, output: Tensor) -> None:
-        moments[key].add(args[0] if input_side(linear) else without_bias(module, output))
+        into.add(args[0] if at_input(linear, into) else without_bias(module, output), tokens.of(tower))
 
     return observe
 

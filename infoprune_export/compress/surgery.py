@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.errors import InputError
-from infoprune_export.models.anatomy import Attention, Layer, Linear, site
-from infoprune_export.plans import Factors, LayerPlan, Plan
+from infoprune_export.models.anatomy import ATTENTION_ROLES, Attention, Layer, Linear, site
+from infoprune_export.plans import Factors, Plan, projector_key
 
 
 def apply_plan(model: nn.Module, plan: Plan, factors: Factors) -> None:
@@ -17,8 +17,8 @@ def apply_plan(model: nn.Module, plan: Plan, factors: Factors) -> None:
     Args:
         model: The original; changed in place.
         plan: What to keep.
-        factors: Contents of factors.safetensors. A refitted output projection that is absent is sliced from the
-            original; a missing low-rank pair is an error.
+        factors: Contents of factors.safetensors. A dense map that is absent is taken, or sliced, from the original;
+            a missing low-rank pair is an error.
 
     Raises:
         InputError: the plan does not fit the model, or factors are missing or of the wrong shape.
@@ -26,10 +26,14 @@ def apply_plan(model: nn.Module, plan: Plan, factors: Factors) -> None:
     for layer in plan.anatomy.layers():
         decision = plan.decision(layer.tower, layer.index)
         _check(model, layer)
-        _prune_attention(model, layer, decision, factors)
+        _prune(model, layer, plan)
         for role, rank in decision.ranks.items():
             if rank is not None:
                 _split(model, layer, role, rank, factors)
+        for role in (*ATTENTION_ROLES, *layer.ffn.matrices):
+            _replace(model, layer.linear(role), site(layer.tower, layer.index, role), factors)
+    for i, linear in enumerate(plan.anatomy.projector):
+        _replace(model, linear, projector_key(i), factors)
 
 
 def shape_as_planned(model: nn.Module, plan: Plan) -> None:
@@ -37,7 +41,7 @@ def shape_as_planned(model: nn.Module, plan: Plan) -> None:
     for layer in plan.anatomy.layers():
         decision = plan.decision(layer.tower, layer.index)
         _check(model, layer)
-        prune_heads(model, layer.attention, decision.heads, decision.kv_groups)
+        _prune(model, layer, plan)
         for role, rank in decision.ranks.items():
             if rank is not None:
                 old = model.get_submodule(layer.linear(role).path)
@@ -74,6 +78,15 @@ def prune_heads(model: nn.Module, attention: Attention, heads: list[int], kv_gro
             setattr(module, name, value)
 
 
+def _prune(model: nn.Module, layer: Layer, plan: Plan) -> None:
+    """Keeps a layer's planned heads; an output projection that is to gain a bias gets one of zeros."""
+    decision, path = plan.decision(layer.tower, layer.index), layer.attention.o.path
+    prune_heads(model, layer.attention, decision.heads, decision.kv_groups)
+    if plan.gains_bias(layer):
+        weight = model.get_submodule(path).weight
+        model.set_submodule(path, dense(weight, weight.new_zeros(len(weight))))
+
+
 def dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A frozen linear map that owns copies of its weights."""
     new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype, device="meta")
@@ -105,22 +118,21 @@ def _check(model: nn.Module, layer: Layer) -> None:
             )
 
 
-def _prune_attention(model: nn.Module, layer: Layer, decision: LayerPlan, factors: Factors) -> None:
-    prune_heads(model, layer.attention, decision.heads, decision.kv_groups)
-    key = site(layer.tower, layer.index, "o")
+def _replace(model: nn.Module, linear: Linear, key: str, factors: Factors) -> None:
+    """Gives a dense map the weights that the factors have for it, if any."""
     if f"{key}.weight" in factors:
-        old = model.get_submodule(layer.attention.o.path)
-        weight = _factor(factors, f"{key}.weight", tuple(old.weight.shape)).to(old.weight.dtype)
-        bias = None if old.bias is None else _factor(factors, f"{key}.bias", tuple(old.bias.shape)).to(old.bias.dtype)
-        model.set_submodule(layer.attention.o.path, dense(weight, bias))
+        old = model.get_submodule(linear.path)
+        weight = _factor(factors, f"{key}.weight", tuple(old.weight.shape)).to(old.weight)
+        bias = None if old.bias is None else _factor(factors, f"{key}.bias", tuple(old.bias.shape)).to(old.bias)
+        model.set_submodule(linear.path, dense(weight, bias))
 
 
 def _split(model: nn.Module, layer: Layer, role: str, rank: int, factors: Factors) -> None:
     linear: Linear = layer.linear(role)
     key, old = site(layer.tower, layer.index, role), model.get_submodule(linear.path)
-    first = _factor(factors, f"{key}.first", (rank, linear.d_in)).to(old.weight.dtype)
-    second = _factor(factors, f"{key}.second", (linear.d_out, rank)).to(old.weight.dtype)
-    bias = _factor(factors, f"{key}.bias", (linear.d_out,)).to(old.weight.dtype) if linear.bias else None
+    first = _factor(factors, f"{key}.first", (rank, linear.d_in)).to(old.weight)
+    second = _factor(factors, f"{key}.second", (linear.d_out, rank)).to(old.weight)
+    bias = _factor(factors, f"{key}.bias", (linear.d_out,)).to(old.weight) if linear.bias else None
     model.set_submodule(linear.path, low_rank(first, second, bias))
 
 

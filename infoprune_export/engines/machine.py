@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infoprune_export.engines import cuda, flavours
+from infoprune_export.memory import CGROUP, Memory, memory, read_small
 
 PACKAGES = (
     "infoprune-export",
@@ -25,15 +26,6 @@ PACKAGES = (
     "torch",
     "transformers",
 )
-CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of main memory that this process may use, and that are free now."""
-
-    total: int
-    available: int
 
 
 @dataclass(frozen=True)
@@ -128,44 +120,15 @@ def machine_report(where: Path = Path(".")) -> MachineReport:
 def cores() -> int:
     """Cores that this process may use: its affinity, capped by the control group's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read(CGROUP / "cpu.max").partition(" ")
+    quota, _, period = read_small(CGROUP / "cpu.max").partition(" ")
     if quota.isdigit() and period.strip().isdigit():
         allowed = min(allowed, max(1, int(quota) // int(period)))
     return allowed
 
 
-def memory() -> Memory:
-    """Main memory: the machine's, or the control group's where that is less."""
-    machine = {
-        key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in _read(Path("/proc/meminfo")).splitlines())
-    }
-    if "MemTotal" not in machine:
-        page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
-        return Memory(page * pages, page * pages)
-    total, available = machine["MemTotal"], machine.get("MemAvailable", machine["MemFree"])
-    limit, used = _read(CGROUP / "memory.max"), _read(CGROUP / "memory.current")
-    if limit.isdigit() and used.isdigit() and int(limit) < total:
-        total, available = int(limit), min(available, int(limit) - int(used) + _reclaimable())
-    return Memory(total, available)
-
-
-def _reclaimable() -> int:
-    """Bytes of file cache that the control group is charged for and gives up on demand."""
-    statistics = dict(line.split() for line in _read(CGROUP / "memory.stat").splitlines())
-    return int(statistics.get("inactive_file", 0))
-
-
-def _read(path: Path) -> str:
-    """A small system file, empty where it does not exist."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
 @cache
 def _cpu_model() -> str:
-    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    lines = read_small(Path("/proc/cpuinfo")).splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or "unknown")
 
 

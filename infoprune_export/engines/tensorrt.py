@@ -14,9 +14,9 @@ import onnx
 
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
-from infoprune_export.engines.machine import memory
 from infoprune_export.engines.profiles import Profile, Shape, spanning
 from infoprune_export.errors import InfoPruneError, InputError, NotEnough
+from infoprune_export.memory import memory
 
 MEMORY_BASE, MEMORY_PER_PROFILE = 1.5, 2.0
 """Memory that a build takes, in units of its weights: 1.4 GB with one profile and 2.2 GB with two were seen for 0.4 GB."""

@@ -18,7 +18,7 @@ from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_fi
 from infoprune_export.errors import InputError
 from infoprune_export.graph.storage import SITES_KEY, data_file, load_graph, metadata, save_graph, set_metadata, weight_files
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Attention, Layer, site
-from infoprune_export.plans import Factors, LayerPlan, Plan
+from infoprune_export.plans import Factors, LayerPlan, Plan, projector_key
 from infoprune_export.recipe import Dtype
 
 
@@ -28,8 +28,8 @@ def rewrite_graphs(original_onnx_dir: Path, plan: Plan, factors: Factors, out_di
     Args:
         original_onnx_dir: Graphs of the original, as `export_graphs` wrote them.
         plan: What to keep.
-        factors: Contents of factors.safetensors. A refitted output projection that is absent is sliced from the
-            original; a missing low-rank pair is an error.
+        factors: Contents of factors.safetensors. A dense map that is absent is taken, or sliced, from the original;
+            a missing low-rank pair is an error.
         out_dir: Directory for the new graphs, made if needed; not the original's.
         dtype: Which of the original's graphs to take; factors are converted to it.
 
@@ -79,6 +79,12 @@ class _Surgeon:
             for role, rank in decision.ranks.items():
                 if rank is not None:
                     self._split(layer, role, rank)
+            for role in (*ATTENTION_ROLES, *layer.ffn.matrices):
+                key = site(layer.tower, layer.index, role)
+                self._replace(key, self.sites[key]["weight"][0], self.sites[key]["bias"])
+        for i, linear in enumerate(self.plan.anatomy.projector):
+            if (weight := f"{linear.path}.weight") in self.weights:
+                self._replace(projector_key(i), weight, f"{linear.path}.bias" if linear.bias else None)
         return set(self.sites)
 
     def save(self, path: Path) -> None:
@@ -100,11 +106,9 @@ class _Surgeon:
         for role, rows in (("q", heads), ("k", groups), ("v", groups)):
             self._change(layer, role, lambda w, rows=rows: w[:, rows], lambda b, rows=rows: b[rows])
         key = site(layer.tower, layer.index, "o")
-        if f"{key}.weight" in self.factors:
-            weight = self._factor(f"{key}.weight", (attention.o.d_out, len(heads))).T
-            self._change(layer, "o", lambda _: weight, lambda b: self._factor(f"{key}.bias", b.shape))
-        else:
-            self._change(layer, "o", lambda w: w[heads], lambda b: b)
+        self._change(layer, "o", lambda w: w[heads], lambda b: b)
+        if self.plan.gains_bias(layer):
+            self._add_bias(layer, key)
         for port in (*self.graph.inputs, *self.graph.outputs):
             if layer.tower == "language" and port.name.rpartition(".")[0] in _ports(layer.index):
                 port.shape = [port.shape[0], len(decision.kv_groups), *port.shape[2:]]
@@ -117,6 +121,27 @@ class _Surgeon:
         self._put(entry["weight"][0], weight)
         if entry["bias"]:
             self._put(entry["bias"], bias)
+
+    def _replace(self, key: str, weight: str, bias: str | None) -> None:
+        """Gives a dense map the weights that the factors have for it, if any; `bias` may be one that was added."""
+        if f"{key}.weight" not in self.factors:
+            return
+        d_in, d_out = self.tensors[weight].shape
+        self._put(weight, lambda _: self._factor(f"{key}.weight", (d_out, d_in)).T)
+        if bias in self.weights:
+            self._put(bias, lambda _: self._factor(f"{key}.bias", (d_out,)))
+
+    def _add_bias(self, layer: Layer, key: str) -> None:
+        """Turns MatMul(x, W) into MatMul(x, W) + bias."""
+        entry, path = self.sites[key], layer.attention.o.path
+        weight = self.tensors[entry["weight"][0]]
+        (node,) = weight.outputs
+        values = self._factor(f"{key}.bias", (layer.attention.o.d_out,)).astype(weight.values.dtype)
+        bias, product = gs.Constant(f"{path}.bias", np.ascontiguousarray(values)), gs.Variable(f"{path}.product")
+        after = gs.Node("Add", f"{node.name}_bias", inputs=[product, bias], outputs=list(node.outputs))
+        node.outputs = [product]
+        self.graph.nodes.insert(self.graph.nodes.index(node) + 1, after)
+        self.sites[key] = {**entry, "bias": f"{path}.bias"}
 
     def _put(self, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
         old = self._read(name)

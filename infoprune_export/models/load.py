@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from infoprune_export.bundle import file_sha256
 from infoprune_export.errors import InputError, NotEnough
+from infoprune_export.memory import memory
 from infoprune_export.models.families import check_family
 from infoprune_export.plans import Source
 
@@ -101,13 +102,14 @@ class SourceModel:
             raise InputError(f"no processor can be made of its files ({str(e).splitlines()[0]})", where=self.directory) from e
 
 
-def locate(model: str, base: Path | None = None, revision: str | None = None) -> SourceModel:
+def locate(model: str, base: Path | None = None, revision: str | None = None, prepare: str | None = None) -> SourceModel:
     """Finds a checkpoint and checks all that can be checked without loading it.
 
     Args:
         model: `package:NAME`, a directory (relative to `base`), or a hub id `org/name`.
         base: Directory that relative paths start from; the working directory when None.
         revision: Branch, tag or commit on the hub.
+        prepare: How to get the model where there is no such directory.
 
     Raises:
         InputError: not a model, unknown family, pickle weights, corrupt safetensors.
@@ -121,7 +123,9 @@ def locate(model: str, base: Path | None = None, revision: str | None = None) ->
         directory, source_id = _download(model, revision), model
     else:
         raise InputError(
-            "no such model directory", where=model, mend="name a recipe, a recipe file, a model directory or a hub id org/name"
+            "no such model directory",
+            where=model,
+            mend=prepare or "name a recipe, a recipe file, a model directory or a hub id org/name",
         )
     config_path = directory / "config.json"
     if not config_path.is_file():
@@ -203,7 +207,6 @@ def _hash_weights(directory: Path) -> str:
 
 def _check_memory(directory: Path) -> None:
     """Stops before loading what cannot fit: original and compressed network in fp32, and room to work."""
-    import psutil
     from safetensors import safe_open
 
     parameters = 0
@@ -214,7 +217,7 @@ def _check_memory(directory: Path) -> None:
                 for n in f.get_slice(key).get_shape():
                     size *= n
                 parameters += size
-    needed, free = 3 * 4 * parameters, psutil.virtual_memory().available
+    needed, free = 3 * 4 * parameters, memory().available
     if needed > free:
         raise NotEnough(
             f"needs about {needed / 2**30:.0f} GiB of memory ({parameters / 1e9:.1f} billion parameters in fp32, three times), "

@@ -58,9 +58,16 @@ def generate(
         for (token,) in session.generate([ids], pixels, max_new_tokens, prompts.eos_ids):
             if token in prompts.eos_ids:
                 break
-            if piece := stream.push(int(token)):
-                yield piece
-        if rest := stream.finish():
-            yield rest
+            yield stream.push(int(token))
+        yield stream.finish()
 
-    return pieces()
+    return _without_leading_space(pieces())
+
+
+def _without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
+    """Pieces that are not empty; the space between prompt and answer is not part of the answer."""
+    started = False
+    for piece in pieces:
+        if piece := piece if started else piece.lstrip():
+            started = True
+            yield piece

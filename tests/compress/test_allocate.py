@@ -59,6 +59,22 @@ def test_every_layer_keeps_a_unit():
     assert all(len(g) == 1 for g in found.units.values())
 
 
+def test_floors_hold_before_anything_else():
+    units, ranks = _problem()
+    floored = [RankChoice(r.key, r.spectrum, r.cost_per_rank, r.dense_cost, r.multiple, floor=0.5) for r in ranks]
+    found = allocate(units, floored, 150, stay={("vision", 1): 2})
+    assert found.units[("vision", 1)] == [0, 1]
+    assert set(found.ranks.values()) == {3}
+    with pytest.raises(InputError, match=r"the floors and the smallest ranks still keep 0\.625") as refused:
+        allocate(units, floored, 149, stay={("vision", 1): 2})
+    assert "lower criterion.floors" in refused.value.mend
+
+
+def test_what_the_units_do_not_compete_for_goes_to_the_ranks():
+    _, ranks = _problem()
+    assert allocate([], ranks, 60).cost == 60
+
+
 def test_out_of_reach_names_what_is_reachable():
     units, ranks = _problem()
     with pytest.raises(InputError, match=r"--flops 0\.334"):

@@ -1,8 +1,10 @@
 """Batches: equal lengths, answers as targets."""
 
 import numpy as np
+import pytest
 
-from infoprune_export.compress.calibration import Sample, make_batches
+from infoprune_export.compress.calibration import Sample, fitting, make_batches
+from infoprune_export.errors import InputError
 
 
 def _sample(prompt, answer, image=True):
@@ -27,3 +29,16 @@ def test_lengths_and_images_are_never_mixed_and_nothing_is_lost():
     assert sum(b.samples for b in batches) == 12
     assert sorted(b.samples for b in batches) == [2, 3, 3, 4]
     assert sum("pixel_values" not in b.inputs for b in batches) == 1
+
+
+def test_questions_longer_than_the_context_are_left_out_and_counted():
+    told = []
+    samples = [_sample(3, 1), _sample(8, 1), _sample(4, 1), _sample(4, 2)]
+    assert fitting(samples, 5, told.append) == [samples[0], samples[2]]
+    assert told == ["2 of 4 calibration questions are longer than the model's context of 5 tokens and are left out"]
+    assert fitting(samples, None, told.append) == samples
+
+
+def test_a_context_that_no_question_fits_is_refused():
+    with pytest.raises(InputError, match="longer than the model's context of 2 tokens"):
+        fitting([_sample(3, 1)], 2, print)

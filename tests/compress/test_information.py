@@ -51,6 +51,38 @@ def test_ks_sees_mass_that_is_gained():
     assert ks_distance([1.0, 1.0], [2.0, 1.0]) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_ks_does_not_change_under_rotation_and_scaling(rank):
+    g = torch.Generator().manual_seed(3)
+    a = torch.randn(9, 9, dtype=torch.float64, generator=g)
+    q, r = (torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=g)).Q for _ in range(2))
+    plain, turned = (torch.linalg.svdvals(x) for x in (a, 3 * q @ a @ r))
+    assert ks_distance(turned, turned[:rank]) == pytest.approx(ks_distance(plain, plain[:rank]))
+    assert ks_distance(turned, turned[:rank], absolute=True) == pytest.approx(3 * ks_distance(plain, plain[:rank], absolute=True))
+
+
+def test_ks_of_an_orthogonal_map_is_the_share_of_directions_lost():
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))).Q
+    s = torch.linalg.svdvals(q)
+    assert effective_rank(s) == pytest.approx(8)
+    assert ks_distance(s, s[:6]) == pytest.approx(0.25)
+
+
+def test_ks_of_rank_one_is_nothing_or_all():
+    assert ks_distance([5.0, 0.0, 0.0], [5.0]) == 0
+    assert ks_distance([5.0, 0.0, 0.0], []) == pytest.approx(1)
+
+
+def test_repeated_values_count_as_often_as_they_occur():
+    assert effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
+    assert ks_distance([2.0, 2.0, 1.0, 1.0], [2.0, 1.0, 1.0]) == pytest.approx(1 / 3)
+
+
+def test_ks_is_a_distance_between_nothing_and_nothing():
+    assert ks_distance([0.0, 0.0], [0.0]) == 0
+    assert ks_distance([], []) == 0
+
+
 def test_the_two_sample_test_says_nothing_under_truncation():
     """Why ours is defined over the index: on the sets of values the statistic is 1 - r/n for any matrix."""
     rng = np.random.default_rng(0)

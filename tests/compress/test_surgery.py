@@ -9,7 +9,7 @@ from infoprune_export.compress.decide import decide, keep_everything
 from infoprune_export.compress.factors import make_factors
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.compress.statistics import gather
-from infoprune_export.compress.surgery import apply_plan, head_rows
+from infoprune_export.compress.surgery import apply_plan, head_rows, shape_as_planned
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.plans import Source
@@ -82,6 +82,24 @@ def test_plan_and_factors_rebuild_the_network_that_pass_2_made(vision, language)
     x = inputs()
     assert torch.equal(logits(model, x), logits(rebuilt, x))
     assert any(isinstance(m, LowRankLinear) for m in rebuilt.modules())
+
+
+def test_a_bias_that_was_added_is_in_the_factors_and_in_the_shapes(tmp_path):
+    """FLAP's compensation: Llama's output projections have no bias until heads go."""
+    model, rebuilt, reloaded = build(), build(), build(seed=1)
+    data, anatomy = batches(), find_anatomy(model)
+    criterion = Criterion(heads="flap", weighting="activation", allocation="uniform", compensate="bias", rank_multiple=2)
+    stats = gather(model, anatomy, data, weighted=False)
+    plan = decide(model, anatomy, stats, source=SOURCE, criterion=criterion, workload=WORKLOAD, flops=0.5, scope="all")
+    assert any(plan.gains_bias(x) for x in anatomy.language.layers)
+    assert not any(plan.gains_bias(x) for x in anatomy.vision.layers)
+    factors = make_factors(model, plan, data, stats)
+    apply_plan(rebuilt, plan, factors)
+    x = inputs()
+    assert torch.equal(logits(model, x), logits(rebuilt, x))
+    shape_as_planned(reloaded, plan)
+    reloaded.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model, x), logits(reloaded, x))
 
 
 def test_scope_leaves_the_other_tower_alone():

@@ -101,6 +101,69 @@ def test_both_routes_give_the_same_network(exported, tmp_path):
         onnx.checker.check_model(str(tmp_path / "rewritten" / graph_file(component)), full_check=True)
 
 
+def trained_factors(plan):
+    """Random weights for every map that training may change."""
+    rng, factors = np.random.default_rng(2), random_factors(plan, refit=[(x.tower, x.index) for x in plan.anatomy.layers()])
+    for layer in plan.anatomy.layers():
+        decision, width = plan.decision(layer.tower, layer.index), layer.attention.head_dim
+        rows = {"q": len(decision.heads) * width, "k": len(decision.kv_groups) * width, "v": len(decision.kv_groups) * width}
+        for role in ("q", "k", "v", *(r for r, rank in decision.ranks.items() if rank is None)):
+            key, linear = site(layer.tower, layer.index, role), layer.linear(role)
+            d_out = rows.get(role, linear.d_out)
+            factors[f"{key}.weight"] = (rng.standard_normal((d_out, linear.d_in)) / np.sqrt(linear.d_in)).astype(np.float32)
+            if linear.bias:
+                factors[f"{key}.bias"] = rng.standard_normal(d_out).astype(np.float32)
+    for i, linear in enumerate(plan.anatomy.projector):
+        factors[f"projector.{i}.weight"] = (rng.standard_normal((linear.d_out, linear.d_in)) / np.sqrt(linear.d_in)).astype(np.float32)
+        factors[f"projector.{i}.bias"] = rng.standard_normal(linear.d_out).astype(np.float32)
+    return factors
+
+
+def test_trained_weights_of_every_map_give_the_same_network_on_both_routes(exported, tmp_path):
+    model, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    factors = trained_factors(plan)
+    assert {name.rpartition(".")[0] for name in factors} == set(plan.trained_maps())
+    rewrite_graphs(directory, plan, factors, tmp_path / "rewritten")
+    small = copy.deepcopy(model)
+    apply_plan(small, plan, factors)
+    export_graphs(small, anatomy, tmp_path / "exported")
+    assert_same_network(Graphs(tmp_path / "rewritten"), Stock(small), atol=1e-5)
+    for component in (VISION, DECODER):
+        left, right = (weights(tmp_path / route / graph_file(component)) for route in ("rewritten", "exported"))
+        assert left.keys() == right.keys()
+        for name in left:
+            np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def test_trained_weights_of_the_wrong_shape_are_refused(exported, tmp_path):
+    plan = uneven_plan(exported[1])
+    factors = trained_factors(plan)
+    factors["projector.0.weight"] = factors["projector.0.weight"][:-1]
+    with pytest.raises(InputError, match=r"projector\.0\.weight has shape \[47, 32\], the plan asks for \[48, 32\]"):
+        rewrite_graphs(exported[2], plan, factors, tmp_path / "rewritten")
+
+
+def test_a_bias_that_heads_leave_behind_is_added_to_the_graph(exported, tmp_path):
+    model, anatomy, directory = exported
+    plan = uneven_plan(anatomy)
+    plan.criterion = Criterion(compensate="bias")
+    pruned = [x for x in anatomy.layers() if len(plan.decision(x.tower, x.index).heads) < x.attention.heads]
+    factors = random_factors(plan, refit=[(x.tower, x.index) for x in pruned])
+    gained = [x for x in pruned if plan.gains_bias(x)]
+    factors |= {f"{site(x.tower, x.index, 'o')}.bias": np.ones(x.attention.o.d_out, np.float32) for x in gained}
+    rewrite_graphs(directory, plan, factors, tmp_path / "rewritten")
+    small = copy.deepcopy(model)
+    apply_plan(small, plan, factors)
+    export_graphs(small, anatomy, tmp_path / "exported")
+    assert gained
+    for route in ("rewritten", "exported"):
+        assert_same_network(Graphs(tmp_path / route), Stock(small), atol=1e-5)
+    left, right = (load_graph(tmp_path / route / graph_file(DECODER)) for route in ("rewritten", "exported"))
+    assert metadata(left, SITES_KEY, {}) == metadata(right, SITES_KEY, {})
+    assert count_bundle(tmp_path / "rewritten", WORKLOAD) == count_bundle(tmp_path / "exported", WORKLOAD)
+
+
 @pytest.mark.slow
 def test_both_routes_in_half_precision(exported, tmp_path):
     model, anatomy, _ = exported

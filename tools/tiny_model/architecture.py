@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import llava_processor
 import torch
 from tiny_data import easy_shapes, scene_questions
 from tiny_data.sample import GRID, IMAGE_SIZE, PATCH, stream
@@ -22,21 +23,6 @@ PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 MERGES = 400
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-# One user turn becomes "<image>\nQuestion: {text} Answer:", an assistant turn
-# " {text}</s>". Content may be a plain string or a list of typed parts.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- set parts = [{'type': 'text', 'text': message['content']}] "
-    "if message['content'] is string else message['content'] -%}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- for part in parts -%}{{ ' ' + part['text'] }}{%- endfor -%}{{ '" + EOS + "' }}"
-    "{%- else -%}"
-    "{%- for part in parts if part['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
-    "{%- for part in parts if part['type'] == 'text' -%}"
-    "{{ '\nQuestion: ' + part['text'] + ' Answer:' }}{%- endfor -%}"
-    "{%- endif -%}{%- endfor -%}"
-)
 
 
 def _corpus() -> list[str]:
@@ -95,32 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Returns the processor: bicubic resize to 64x64, rescale, normalise."""
-    try:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as Images
-    except ImportError:
-        from transformers import CLIPImageProcessor as Images
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = Images(
-        do_resize=True,
-        size=side,
-        resample=3,
-        do_center_crop=False,
-        crop_size=side,
-        do_rescale=True,
-        do_normalize=True,
-        image_mean=list(MEAN),
-        image_std=list(STD),
-        do_convert_rgb=True,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava_processor.make_processor(tokenizer, side=IMAGE_SIZE, patch=PATCH, mean=MEAN, std=STD)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:

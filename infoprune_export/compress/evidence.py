@@ -1,0 +1,186 @@
+"""What a criterion has to see of the data: which passes it takes, and the gradients of the reference answers.
+
+Some published head scores look at the loss of the *reference* answers, `L(x) = -log p(answer | question, image)`,
+and not at that of labels drawn from the model, as ours do (see statistics.py). Their evidence is gathered in a
+pass of its own, and only what is asked for; its size does not depend on the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from infoprune_export.compress.scores import HEAD_RULES
+from infoprune_export.compress.statistics import Batch, Statistics, backward, gather, reach_embeddings
+from infoprune_export.errors import InputError
+from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, site
+from infoprune_export.recipe import Criterion
+
+
+@dataclass
+class TaskGradients:
+    """Gradients of the reference answers' loss.
+
+    Attributes:
+        gates: Site of the output projection to the sum over samples of `|z_u^T dL/dz_u|`, z_u the outputs of a
+            unit's heads at every position, shape [kv_groups]: how much the loss moves when the unit is turned down.
+        weights: Site of q, k, v and o to `dL/dW` summed over the samples, shape of the weight.
+    """
+
+    gates: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+def passes(criterion: Criterion) -> int:
+    """How often the calibration data go through the original in pass 1."""
+    return 1 + bool(HEAD_RULES[criterion.heads].needs & {"gates", "weights"})
+
+
+def gather_for(
+    criterion: Criterion,
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Pass 1 as a criterion needs it; see `statistics.gather` for arguments and errors.
+
+    Args:
+        criterion: Says which moments and gradients are gathered.
+        model: The original.
+        anatomy: Of that model.
+        batches: In a fixed order.
+        seed: For drawing labels.
+        progress: Called with the number of samples done; every sample counts `passes(criterion)` times.
+    """
+    needs = HEAD_RULES[criterion.heads].needs
+    weighted = criterion.weighting == "loss" or "fisher" in needs
+    stats = gather(
+        model,
+        anatomy,
+        batches,
+        weighted=weighted,
+        scales=criterion.weighting == "asvd",
+        text_share=criterion.text_share,
+        temperature=criterion.temperature,
+        seed=seed,
+        progress=progress,
+    )
+    if needs & {"gates", "weights"}:
+        stats.task = gather_task(model, anatomy, batches, gates="gates" in needs, weights="weights" in needs, progress=progress)
+    return stats
+
+
+def gather_task(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Iterable[Batch],
+    *,
+    gates: bool = False,
+    weights: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> TaskGradients:
+    """Gathers gradients of the reference answers' loss.
+
+    Args:
+        model: The original, in evaluation mode.
+        anatomy: Of that model.
+        batches: In a fixed order.
+        gates: What a unit's gate does to the loss, sample by sample.
+        weights: The gradient of the attention's weights.
+        progress: Called with the number of samples done.
+
+    Raises:
+        InputError: the loss has no finite gradient other than zero.
+    """
+    found = TaskGradients()
+    with _hooks(model, anatomy, found, gates, weights):
+        for batch in batches:
+            backward(model, batch, task_loss)
+            if progress:
+                progress(batch.samples)
+    gathered = [*found.gates.items(), *found.weights.items()]
+    for key, value in gathered:
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"the reference answers give gradients that are not finite at {key}",
+                mend="check the model's weights and the calibration images",
+            )
+    if not any(value.any() for _, value in gathered):
+        raise InputError(
+            "the loss of the reference answers has no gradient on the calibration data",
+            mend="use data that the model does not answer with certainty, or criterion.heads: ks in the recipe",
+        )
+    return found
+
+
+def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """`-log p` of every target, summed over positions and samples."""
+    picked = targets != -100
+    return nn.functional.cross_entropy(logits[picked].float(), targets[picked], reduction="sum")
+
+
+@contextmanager
+def _hooks(model: nn.Module, anatomy: Anatomy, found: TaskGradients, gates: bool, weights: bool) -> Iterator[None]:
+    batch_size = _BatchSize()
+    handles: list[RemovableHandle] = [reach_embeddings(model, anatomy), model.register_forward_pre_hook(batch_size, with_kwargs=True)]
+    thawed: list[nn.Parameter] = []
+    for layer in anatomy.layers():
+        if gates:
+            handles.append(_watch_gates(model, layer, found, batch_size))
+        for role in ATTENTION_ROLES if weights else ():
+            parameter = model.get_submodule(layer.linear(role).path).weight
+            if not parameter.requires_grad:
+                thawed.append(parameter.requires_grad_())
+            handles.append(_watch_weight(parameter, found, site(layer.tower, layer.index, role)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+
+
+class _BatchSize:
+    """Samples in the batch that is under way: a vision tower sees images, of which a sample may have several."""
+
+    samples = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        self.samples = len(kwargs["input_ids"])
+
+
+def _watch_gates(model: nn.Module, layer: Layer, found: TaskGradients, batch: _BatchSize) -> RemovableHandle:
+    key, groups = site(layer.tower, layer.index, "o"), layer.attention.kv_groups
+    found.gates[key] = torch.zeros(groups, dtype=torch.float64)
+
+    def watch(module: nn.Module, args: tuple) -> None:
+        z = args[0].detach()
+
+        def add(gradient: Tensor) -> None:
+            moved = (
+                (z.float() * gradient.float()).reshape(batch.samples, -1, groups, z.shape[-1] // groups).sum((1, 3), dtype=torch.float64)
+            )
+            found.gates[key] += moved.abs().sum(0).cpu()
+
+        args[0].register_hook(add)
+
+    return model.get_submodule(layer.attention.o.path).register_forward_pre_hook(watch)
+
+
+def _watch_weight(parameter: nn.Parameter, found: TaskGradients, key: str) -> RemovableHandle:
+    found.weights[key] = torch.zeros(parameter.shape, dtype=torch.float32)
+
+    def add(p: nn.Parameter) -> None:
+        found.weights[key] += p.grad.float().cpu()
+        p.grad = None
+
+    return parameter.register_post_accumulate_grad_hook(add)

@@ -1,0 +1,367 @@
+"""Recovery: the compressed network learns from the original again what it lost (knowledge distillation).
+
+The loss has three parts: cross-entropy on the answers, the divergence of the softened predictions (Hinton et al.
+2015) at the same positions, and the distance of hidden states after some layers of both towers and behind the
+projector. Trained are the linear maps of the layers and of the projector, low-rank pairs in place; norms and
+embeddings stay, so that what was learned is carried by the factors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infoprune_export.compress.lowrank import LowRankLinear
+from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
+from infoprune_export.compress.training import Share, Validation, train
+from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.models.anatomy import Anatomy
+from infoprune_export.plans import Plan, TrainingRecord
+from infoprune_export.progress import Progress
+from infoprune_export.recipe import Recovery
+
+LORA_FROM = 10**9
+"""Parameters of the original above which `method: auto` trains low-rank updates instead of whole matrices."""
+LOOKS = 10
+"""How often the validation questions are asked."""
+SORTED_TOGETHER = 8
+"""Batches whose rows are drawn together and sorted by length, so that little is padded."""
+
+
+def recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    plan: Plan,
+    rows: Sequence[Row],
+    settings: Recovery,
+    *,
+    steps: int,
+    data: Sequence[str] = (),
+    validation: Sequence[Row] | None = None,
+    directory: Path | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Trains a compressed network, in place, to answer as the original does.
+
+    Args:
+        student: The compressed network.
+        teacher: The original, on the same device.
+        plan: What was cut.
+        rows: Questions to train on.
+        settings: Weights of the losses, batch and rate.
+        steps: How many.
+        data: Names of the data sets, recorded in the plan.
+        validation: Questions to choose the best state by; the last state is kept when None.
+        directory: For checkpoints; training goes on from one that is there.
+        progress: Told about steps and figures.
+        seed: For the order of the rows.
+
+    Returns:
+        The plan with its trained factors.
+
+    Raises:
+        InputError: nothing to train on, or a loss that stays without a finite gradient.
+        MissingRequirement: `accelerate` is not installed.
+    """
+    if not rows:
+        raise InputError("no training data", mend="name some with --calibration PATH, or training in the recipe")
+    objective = Distillation(student, teacher, plan, rows, settings, seed=seed, memory=_spare_memory())
+    look = None
+    if validation:
+        score = lambda: float(np.mean([x for row in answers_right(student, plan.anatomy, validation) for x in row]))
+        look = Validation(score, every=max(1, steps // LOOKS))
+    device = next(student.parameters()).device
+    train(objective, steps=steps, name="recovery", directory=directory, progress=progress, validation=look, device=device)
+    objective.close()
+    questions = sum(int(r.owners.max()) + 1 for r in rows)
+    record = TrainingRecord(steps=steps, data=list(data), images=len(rows), questions=questions)
+    trained = plan.model_copy(update={"training": record})
+    trained.factors = trained_factors(student, plan)
+    return trained
+
+
+def _spare_memory() -> int:
+    """Bytes for the original's answers: a quarter of what is free."""
+    import psutil
+
+    return psutil.virtual_memory().available // 4
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the original has to say about one row.
+
+    Attributes:
+        logits: At the positions with a target, shape [targets, vocabulary] float32.
+        hidden: Tap to hidden states of the row, shape [tokens, width] bfloat16.
+    """
+
+    logits: Tensor
+    hidden: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.logits, *self.hidden.values()))
+
+
+class Distillation:
+    """Distillation of a compressed network as an objective of `training.train`.
+
+    Args:
+        student: The compressed network; its linear maps are made trainable.
+        teacher: The original, frozen.
+        plan: What was cut.
+        rows: Training rows.
+        settings: Weights of the losses, batch and rate.
+        seed: For the order of the rows.
+        memory: Bytes that the original's answers may take; those past it are computed again when needed.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        plan: Plan,
+        rows: Sequence[Row],
+        settings: Recovery,
+        *,
+        seed: int = 0,
+        memory: int = 0,
+    ):
+        self.student, self.teacher, self.anatomy, self.rows, self.settings = student, teacher, plan.anatomy, rows, settings
+        self.seed, self.memory = seed, memory
+        self.device = next(student.parameters()).device
+        self.lessons: dict[int, Lesson] = {}
+        self.lock = threading.Lock()
+        paths = [linear.path for linear in plan.trained_maps().values()]
+        self.adapters = Adapters(student, paths, settings.lora_rank, seed) if self._by_lora() else None
+        if self.adapters is None:
+            for path in paths:
+                student.get_submodule(path).requires_grad_()
+        self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        points = tap_points(plan.anatomy, settings.hidden_every)
+        self.taps = Taps(student, points), Taps(teacher, points)
+
+    def _by_lora(self) -> bool:
+        if self.settings.method == "auto":
+            return sum(p.numel() for p in self.teacher.parameters()) > LORA_FROM
+        return self.settings.method == "lora"
+
+    def close(self) -> None:
+        """Takes the hooks off both networks, merges adapters and freezes the student again."""
+        for taps in self.taps:
+            taps.close()
+        if self.adapters:
+            self.adapters.merge()
+        for p in self.trained.values():
+            p.requires_grad_(False)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.trained.values()), "lr": self.settings.rate}]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: p.detach() for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, p in self.trained.items():
+            p.copy_(state[name])
+
+    def loss(self, step: int, share: Share) -> tuple[Tensor, dict[str, float]]:
+        chosen = self.batch(step)[share.index :: share.of]
+        packed = pack([self.rows[i] for i in chosen])
+        lessons = self.learn(chosen, packed)
+        hidden, states = self.taps[0].run(to(packed.inputs, self.device))
+        wanted = packed.targets != IGNORE
+        logits = self.student.get_submodule(self.anatomy.head_path)(states[wanted.to(self.device)]).float()
+        target, taught = packed.targets[wanted].to(self.device), torch.cat([x.logits for x in lessons]).to(self.device)
+        s = self.settings
+        parts = {"ce": F.cross_entropy(logits, target), "kl": divergence(logits, taught, s.temperature)}
+        real = packed.real.to(self.device)
+        distances = [
+            distance(h, [x.hidden[tap] for x in lessons], real if h.shape[:2] == real.shape else None) for tap, h in hidden.items()
+        ]
+        parts["hidden"] = torch.stack(distances).mean() if distances else logits.new_zeros(())
+        total = s.answer_weight * parts["ce"] + s.teacher_weight * parts["kl"] + s.hidden_weight * parts["hidden"]
+        return total, {"loss": total.item(), **{k: v.item() for k, v in parts.items()}}
+
+    def batch(self, step: int) -> list[int]:
+        """Rows of one step: every row once an epoch, those of a batch about as long as each other."""
+        size = min(self.settings.batch, len(self.rows))
+        per_epoch = len(self.rows) // size
+        return self._epoch(step // per_epoch)[step % per_epoch]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (an objective lives as long as its training)
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.seed, epoch])
+        size = min(self.settings.batch, len(self.rows))
+        order = rng.permutation(len(self.rows))[: len(self.rows) // size * size]
+        batches = []
+        for start in range(0, len(order), SORTED_TOGETHER * size):
+            together = sorted(order[start : start + SORTED_TOGETHER * size], key=lambda i: len(self.rows[i].ids))
+            batches += [[int(i) for i in together[j : j + size]] for j in range(0, len(together), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def learn(self, chosen: list[int], packed: Packed) -> list[Lesson]:
+        """What the original says about rows, remembered while there is memory."""
+        missing = [i for i in chosen if i not in self.lessons]
+        if not missing:
+            return [self.lessons[i] for i in chosen]
+        if len(missing) < len(chosen):
+            packed = pack([self.rows[i] for i in missing])
+        new = dict(zip(missing, self._ask(missing, packed), strict=True))
+        with self.lock:
+            for i, lesson in new.items():
+                if lesson.bytes <= self.memory:
+                    self.memory -= lesson.bytes
+                    self.lessons[i] = lesson
+        return [new[i] if i in new else self.lessons[i] for i in chosen]
+
+    @torch.no_grad()
+    def _ask(self, chosen: list[int], packed: Packed) -> Iterator[Lesson]:
+        hidden, states = self.taps[1].run(to(packed.inputs, self.device))
+        head = self.teacher.get_submodule(self.anatomy.head_path)
+        for i, row in enumerate(packed.targets != IGNORE):
+            length = len(self.rows[chosen[i]].ids)
+            shape = packed.targets.shape
+            kept = {tap: (h[i, :length] if h.shape[:2] == shape else h[i]).bfloat16() for tap, h in hidden.items()}
+            yield Lesson(head(states[i, row.to(self.device)]).float(), kept)
+
+
+class Adapters:
+    """Low-rank updates (LoRA, Hu et al. 2021) of linear maps through `peft`; low-rank pairs get one on each of their maps.
+
+    Args:
+        model: Frozen; changed in place.
+        paths: The maps.
+        rank: Of each update.
+        seed: For the updates' first factors; the second ones begin at zero.
+
+    Raises:
+        MissingRequirement: `peft` is not installed.
+    """
+
+    def __init__(self, model: nn.Module, paths: Sequence[str], rank: int, seed: int):
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise MissingRequirement("recovery by LoRA needs peft", mend='pip install "infoprune-export[train]"') from None
+        self.model = model
+        self.linears = [
+            name for path in paths for name, m in model.get_submodule(path).named_modules(prefix=path) if isinstance(m, nn.Linear)
+        ]
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.linears, bias="none")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model)
+
+    def merge(self) -> None:
+        """Adds the updates to the maps and takes the adapters away."""
+        for name in self.linears:
+            adapted = self.model.get_submodule(name)
+            adapted.merge()
+            self.model.set_submodule(name, adapted.get_base_layer())
+
+
+class Taps:
+    """Runs a model and takes the outputs of some of its modules on the way; threads do not disturb one another."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[str]):
+        self.model, self.taken = model, threading.local()
+        self.handles = [model.get_submodule(path).register_forward_hook(self._hook(path)) for path in paths]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _hook(self, path: str):
+        def take(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+            if (found := getattr(self.taken, "found", None)) is not None:
+                found[path] = output[0] if isinstance(output, tuple) else output
+
+        return take
+
+    def run(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Outputs of the modules by path, and the last hidden states in front of the head."""
+        self.taken.found = {}
+        try:
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            return self.taken.found, states
+        finally:
+            self.taken.found = None
+
+
+def tap_points(anatomy: Anatomy, every: int) -> list[str]:
+    """Modules whose outputs are compared: every few layers and the last of both towers, and the projector; none for 0."""
+    if not every:
+        return []
+    points = [x.path for t in (anatomy.vision, anatomy.language) for x in t.layers if (x.index + 1) % every == 0 or x is t.layers[-1]]
+    return [*points, anatomy.projector[-1].path] if anatomy.projector else points
+
+
+def divergence(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
+    """`T^2 KL(teacher || student)` of predictions softened by T, mean over positions; both [positions, vocabulary]."""
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (taught, logits))
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def distance(student: Tensor, taught: Sequence[Tensor], real: Tensor | None) -> Tensor:
+    """Squared distance over the original's squared norm, mean over tokens.
+
+    Args:
+        student: Hidden states, shape [rows, tokens, width].
+        taught: Those of the original, row by row, without padding.
+        real: Which tokens are no padding, shape [rows, tokens]; all when None.
+    """
+    own = student.flatten(0, 1) if real is None else student[real]
+    target = torch.cat(list(taught)).to(own)
+    return ((own - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def to(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
+
+
+@torch.no_grad()
+def answers_right(model: nn.Module, anatomy: Anatomy, rows: Sequence[Row], batch: int = 16) -> list[list[bool]]:
+    """Row by row and question by question, whether greedy decoding gives exactly the answer.
+
+    With the right answer as prefix the most likely token is right at every position if and only if greedy decoding
+    produces that very answer.
+    """
+    taps, device, head = Taps(model, []), next(model.parameters()).device, model.get_submodule(anatomy.head_path)
+    right: list[list[bool]] = [[] for _ in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        packed = pack([rows[i] for i in chosen])
+        wanted = packed.targets != IGNORE
+        _, states = taps.run(to(packed.inputs, device))
+        correct = torch.ones_like(packed.real)
+        correct[wanted] = head(states[wanted.to(device)]).argmax(-1).cpu() == packed.targets[wanted]
+        for i, ok, owners in zip(chosen, correct, packed.owners, strict=True):
+            right[i] = [bool(ok[owners == n].all()) for n in owners[owners >= 0].unique()]
+    return right
+
+
+def trained_factors(model: nn.Module, plan: Plan) -> dict[str, np.ndarray]:
+    """Every trained map's weights under the names of factors.safetensors."""
+    found = {}
+    for key, linear in plan.trained_maps().items():
+        module = model.get_submodule(linear.path)
+        pair = isinstance(module, LowRankLinear)
+        parts = {"first": module.first.weight, "second": module.second.weight} if pair else {"weight": module.weight}
+        bias = module.second.bias if pair else module.bias
+        parts |= {} if bias is None else {"bias": bias}
+        found |= {f"{key}.{name}": t.detach().float().cpu().numpy() for name, t in parts.items()}
+    return dict(sorted(found.items()))

@@ -1,0 +1,282 @@
+"""The one training loop: an objective's parameters, some steps, checkpoints, exact resume, a guard against NaN.
+
+Recovery (`recover.py`) and the search for heads (`gates.py`) are objectives. A step's batch is split into shares:
+threads of this process (small matrices do not fill two cores) times the processes that `accelerate launch` started,
+one for each device. Gradients are averaged over all shares in a fixed order, and whatever an objective draws it
+draws from `generator(seed, step, share)`: the same seed gives the same weights, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.launched import processes
+from infoprune_export.progress import Progress, Silent
+
+PATIENCE_FOR_NAN = 5
+"""Steps in a row without a finite gradient after which training is given up."""
+WARM_UP = 0.1
+"""Share of the steps in which the rate rises."""
+
+
+class Share(NamedTuple):
+    """Which part of a step's batch: the items `index, index + of, index + 2 of ...` of it."""
+
+    index: int
+    of: int
+
+
+WHOLE = Share(0, 1)
+
+
+class Objective(Protocol):
+    """What is trained and by which loss."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups as AdamW takes them: `params` and the peak `lr`.
+
+        Beside AdamW's own keys (`weight_decay`, `betas`, `maximize` ...) a group may have `clip`, the largest norm
+        of its gradient (default 1), and `constant`, true where the rate is to stay at its peak.
+        """
+
+    def loss(self, step: int, share: Share) -> tuple[Tensor, dict[str, float]]:
+        """The mean loss over one share of a step's batch, and figures to show.
+
+        Called from several threads at once on the CPU, so it may not change the objective's state.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training changes, as tensors and plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to such a state."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How the best state is found; without it the last one is kept.
+
+    Attributes:
+        score: The larger, the better; called between steps.
+        every: Steps between two looks.
+        patience: Looks without a better score after which training ends early; never when None.
+    """
+
+    score: Callable[[], float]
+    every: int
+    patience: int | None = None
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the objective and the optimiser."""
+
+    step: int = 0
+    rate: float = 1.0
+    bad: int = 0
+    best_score: float = -math.inf
+    best_step: int = 0
+    best: dict[str, Any] | None = None
+    waited: int = 0
+
+
+def generator(seed: int, step: int, share: Share = WHOLE) -> torch.Generator:
+    """Random numbers that depend on these alone."""
+    (mixed,) = np.random.SeedSequence([seed, step, share.index, share.of]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(mixed) % 2**63)
+
+
+def train(
+    objective: Objective,
+    *,
+    steps: int,
+    name: str = "training",
+    directory: Path | None = None,
+    progress: Progress | None = None,
+    validation: Validation | None = None,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    alone: bool = False,
+) -> None:
+    """Trains an objective; it has its final (with validation: its best) state afterwards.
+
+    AdamW; the rate rises linearly over a tenth of the steps and falls as a cosine to a hundredth. A step whose
+    gradient is not finite is left out and halves the rate from there on.
+
+    Args:
+        objective: What to train; its parameters are on `device` already.
+        steps: How many optimiser steps.
+        name: Names the checkpoint and the progress bar.
+        directory: Gets `<name>.checkpoint`; one that is there is gone on from. None: no checkpoints.
+        progress: Told about steps and figures.
+        validation: How to find the best state.
+        device: On CUDA, products are in bfloat16 where the device has it.
+        threads: Shares that are worked on at once on the CPU; as many as PyTorch's threads when None.
+        checkpoint_seconds: Time between checkpoints.
+        alone: Other processes of the same launch take no part.
+
+    Raises:
+        InputError: no finite gradient several times in a row.
+        MissingRequirement: `accelerate` is needed and not installed.
+    """
+    loop = _Loop(objective, steps, torch.device(device), threads, alone)
+    path = directory / f"{name}.checkpoint" if directory else None
+    if path and path.is_file():
+        loop.load(path)
+    saved = time.monotonic()
+    with (progress or Silent()).bar(name, steps) as advance:
+        advance(loop.state.step)
+        while loop.state.step < steps:
+            advance(1, loop.step())
+            if validation and (loop.state.step % validation.every == 0 or loop.state.step == steps) and loop.look(validation):
+                break
+            if path and time.monotonic() - saved > checkpoint_seconds:
+                loop.save(path)
+                saved = time.monotonic()
+        if loop.state.best is not None:
+            objective.load_state_dict(loop.state.best)
+    loop.close()
+
+
+class _Loop:
+    """An objective with its optimiser, and everything that a checkpoint holds."""
+
+    def __init__(self, objective: Objective, steps: int, device: torch.device, threads: int | None, alone: bool):
+        self.objective, self.steps, self.state = objective, steps, _State()
+        self.accelerator = _Plain() if alone or (device.type == "cpu" and processes() == 1) else make_accelerator(device)
+        self.groups = objective.parameter_groups()
+        self.parameters = [p for g in self.groups for p in g["params"]]
+        own = [{k: v for k, v in g.items() if k not in ("clip", "constant")} for g in self.groups]
+        self.optimizer = torch.optim.AdamW(own, betas=(0.9, 0.98), weight_decay=0.0)
+        self.local = (threads or torch.get_num_threads()) if device.type == "cpu" else 1
+        self.before = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.local, initializer=lambda: torch.set_num_threads(1)) if self.local > 1 else None
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.shutdown()
+            torch.set_num_threads(self.before)
+
+    def step(self) -> str:
+        """One step of the optimiser, or none where the gradient is not finite; returns figures to show."""
+        state = self.state
+        of = self.local * self.accelerator.num_processes
+        first = self.local * self.accelerator.process_index
+        shares = [Share(first + i, of) for i in range(self.local)]
+        results = list(self.pool.map(self._gradients, shares)) if self.pool else [self._gradients(s) for s in shares]
+        self._collect([grads for grads, _ in results])
+        if self._clip():
+            for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
+                group["lr"] = own["lr"] * state.rate * (1.0 if own.get("constant") else schedule(state.step, self.steps))
+            self.optimizer.step()
+            state.bad = 0
+        else:
+            state.bad += 1
+            state.rate /= 2
+            if state.bad == PATIENCE_FOR_NAN:
+                raise InputError(
+                    f"training has had no finite gradient for {PATIENCE_FOR_NAN} steps in a row (at step {state.step + 1})",
+                    mend="lower training.rate in the recipe, and check the model's weights and the training images",
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        figures = [f for _, f in results]
+        return ", ".join(f"{k} {sum(f[k] for f in figures) / len(figures):.3g}" for k in figures[0])
+
+    def _gradients(self, share: Share) -> tuple[tuple[Tensor | None, ...], dict[str, float]]:
+        with self.accelerator.autocast():
+            loss, figures = self.objective.loss(self.state.step, share)
+        return torch.autograd.grad(loss, self.parameters, allow_unused=True), figures
+
+    def _collect(self, shares: list[tuple[Tensor | None, ...]]) -> None:
+        """Averages the shares of this process, then those of all processes."""
+        for parameter, *grads in zip(self.parameters, *shares, strict=True):
+            known = [g for g in grads if g is not None]
+            parameter.grad = sum(known[1:], known[0]) / len(grads) if known else None
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def _clip(self) -> bool:
+        """Clips each group's gradient; returns whether all are finite."""
+        norms = [
+            torch.nn.utils.clip_grad_norm_(g["params"], g.get("clip", 1.0))
+            for g in self.groups
+            if any(p.grad is not None for p in g["params"])
+        ]
+        return bool(norms) and all(math.isfinite(float(n)) for n in norms)
+
+    def look(self, validation: Validation) -> bool:
+        """Remembers the state if it is the best so far; returns whether patience is at its end."""
+        state, score = self.state, validation.score()
+        if score >= state.best_score:
+            best = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in self.objective.state_dict().items()}
+            state.best, state.best_score, state.best_step, state.waited = best, score, state.step, 0
+        else:
+            state.waited += 1
+        return validation.patience is not None and state.waited >= validation.patience
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint; a killed run leaves the old one or the new one whole."""
+        if not self.accelerator.is_main_process:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        content = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(), "state": vars(self.state)}
+        with open(part, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        self.objective.load_state_dict(content["objective"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.state = _State(**content["state"])
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak rate at a step: up linearly, then down as a cosine to a hundredth."""
+    rising = max(1, round(WARM_UP * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class _Plain:
+    """One process in full precision: what of accelerate's interface the loop needs then."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+    autocast = nullcontext
+
+
+def make_accelerator(device: torch.device) -> Any:
+    """Mixed precision on CUDA, and the other processes of a launch.
+
+    Raises:
+        MissingRequirement: `accelerate` is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise MissingRequirement("training needs accelerate", mend='pip install "infoprune-export[train]"') from None
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")

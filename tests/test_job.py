@@ -1,0 +1,48 @@
+"""What a job makes of its data before any of it reaches the model."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from infoprune_export.errors import InputError
+from infoprune_export.job import Job, Options, resolve
+
+
+class Notes:
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
+def _job(tmp_path, context, samples=12):
+    """The embedded model's job with another context, without its weights."""
+    notes = Notes()
+    job = Job(resolve("tiny-llava", {"samples": samples}), Options(out=tmp_path / "out", device="cpu"), notes)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=context))
+    job.__dict__ |= {"original": SimpleNamespace(config=config), "anatomy": SimpleNamespace(geometry=SimpleNamespace(image_tokens=64))}
+    return job, notes.lines
+
+
+def test_questions_past_the_context_are_left_out_and_told(tmp_path):
+    whole = [b.inputs["input_ids"].shape for b in _job(tmp_path, None)[0].batches]
+    lengths = [n for rows, n in whole for _ in range(rows)]
+    context = sorted(lengths)[len(lengths) // 2]
+    fit = sum(n <= context for n in lengths)
+    assert 0 < fit < 12
+    job, notes = _job(tmp_path, context)
+    assert sum(b.samples for b in job.batches) == fit
+    assert notes == [f"{12 - fit} of 12 calibration questions are longer than the model's context of {context} tokens and are left out"]
+
+
+def test_a_context_that_no_question_fits_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="longer than the model's context of 60 tokens"):
+        _ = _job(tmp_path, 60)[0].batches
+
+
+def test_no_calibration_data_is_an_error(tmp_path):
+    job, _ = _job(tmp_path, None)
+    job.recipe = job.recipe.model_copy(update={"calibration": []})
+    with pytest.raises(InputError, match="no calibration data"):
+        _ = job.batches

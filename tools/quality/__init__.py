@@ -1,0 +1,1 @@
+"""How well compressed networks answer, method by method: see tools/bench_quality.py."""

@@ -1,0 +1,82 @@
+"""A run of the benchmark from the command line's options to its files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from quality import outputs
+from quality.campaign import Crew, Stage, Tuned, only, quick_stage, stages
+from quality.methods import METHODS, ORIGINAL
+from quality.rows import Row, RowFile, Task, Versions
+from quality.versions import ROOT
+
+TIMED = Task("smol", "ours", 0.6, split=None)
+TIMED_CORES = 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures what is asked for and missing, and writes what there is.
+
+    Args:
+        args: See `bench_quality.parse`.
+
+    Returns:
+        Exit code: 0, or 1 if a row could not be measured.
+    """
+    book, versions = RowFile(args.rows), Versions()
+    tuned, broken = Tuned(book, versions), 0
+    if not args.report:
+        with Crew(args.workers, args.threads, book, versions) as crew:
+            for stage in only(stages(), args.only):
+                crew.measure(f"{stage.name}, validation", tuned.needed(stage.tasks))
+                crew.measure(stage.name, _filled(stage, tuned))
+                _write(args, book, versions, tuned)
+            broken = crew.broken
+        if any(fnmatch("smol.time", pattern) for pattern in args.only or ["*"]):
+            with Crew(1, TIMED_CORES, book, versions) as alone:
+                alone.measure("smol.time", [TIMED])
+            broken += alone.broken
+    _write(args, book, versions, tuned)
+    return 1 if broken else 0
+
+
+def run_quick(args: argparse.Namespace) -> int:
+    """The quick run; parameters are those that the full run recorded. See `run`."""
+    book, versions = RowFile(args.rows), Versions()
+    known = outputs.recorded_parameters(ROOT / "benchmarks" / "quality" / "results.json")
+    notes = [outputs.quick_note()]
+    tasks = []
+    for task in quick_stage().tasks:
+        which = (task.setting, task.method, task.budget)
+        if task.method != ORIGINAL.name and which not in known:
+            notes.append(f"{task.method} at {task.budget:g} has no recorded parameters: the first candidate is taken.")
+        plain = next(METHODS[task.method].candidates(task.budget)) if task.method != ORIGINAL.name else {}
+        tasks.append(replace(task, parameters=known.get(which, plain)))
+    with Crew(args.workers, args.threads, book, versions) as crew:
+        crew.measure("quick", tasks)
+    rows = [row for t in tasks if (row := book.get(versions.key_of(t)))]
+    outputs.write(args.out, rows, [], None, notes)
+    return 1 if crew.broken else 0
+
+
+def _filled(stage: Stage, tuned: Tuned) -> Iterable[Task]:
+    for task in stage.tasks:
+        try:
+            yield tuned.filled(task)
+        except LookupError:
+            continue  # a candidate could not be measured, and has been told
+
+
+def _write(args: argparse.Namespace, book: RowFile, versions: Versions, tuned: Tuned) -> None:
+    """Writes every row of the whole proof that there is, whatever this run was asked for."""
+    rows: dict[str, Row] = {}
+    for stage in stages():
+        for task in _filled(stage, tuned):
+            if row := book.get(versions.key_of(task)):
+                rows[row.key] = row
+    timed = book.get(versions.key_of(TIMED))
+    seconds = timed.seconds["compress"] if timed else None
+    outputs.write(args.out, list(rows.values()), outputs.tuned_record(tuned, stages()), seconds, [])

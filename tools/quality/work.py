@@ -1,0 +1,149 @@
+"""Making and asking one network: what a worker process does."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from infoprune_export.errors import InputError
+from infoprune_export.job import Job
+from quality.methods import METHODS
+from quality.questions import Split
+from quality.rows import Row, Task
+from quality.settings import SETTINGS, SettingName
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from infoprune_export.compress.statistics import Statistics
+    from infoprune_export.plans import Plan
+    from quality.exam import Exam
+
+
+def start(threads: int) -> None:
+    """Readies a process: several of one thread each do more than one of several."""
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@dataclass(eq=False)
+class Bench:
+    """One setting's model and questions, loaded once in a process and used for every row."""
+
+    setting: SettingName
+    _exams: dict[tuple[Split, int | None], dict[str, Exam]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.job = SETTINGS[self.setting].job()
+        self.model, self.anatomy, self.workload = self.job.original, self.job.anatomy, self.job.workload
+
+    def exams(self, split: Split, images: int | None) -> dict[str, Exam]:
+        if (split, images) not in self._exams:
+            self._exams[split, images] = SETTINGS[self.setting].exams(self.job, split, images)
+        return self._exams[split, images]
+
+    @lru_cache(maxsize=2)  # noqa: B019 (a bench lives as long as its process)
+    def statistics(self, seed: int) -> tuple[list[Any], Statistics]:
+        """The calibration batches of a seed, and everything that any method asks of them: they are seen once for all."""
+        from infoprune_export.compress.evidence import gather_task
+        from infoprune_export.compress.statistics import gather
+
+        job = SETTINGS[self.setting].job(seed=seed)
+        job.__dict__ |= {"anatomy": self.anatomy}
+        temperature = job.recipe.criterion.temperature
+        found = gather(self.model, self.anatomy, job.batches, scales=True, temperature=temperature, seed=seed)
+        found.task = gather_task(self.model, self.anatomy, job.batches, gates=True, weights=True)
+        return job.batches, found
+
+    def job_for(self, task: Task) -> Job:
+        """A job that makes a task's network, with all that tasks share in its place."""
+        recipe = SETTINGS[self.setting].recipe
+        criterion = METHODS[task.method].criterion(task.parameters)
+        changes = {"flops": task.budget, "criterion": criterion, "train_steps": task.steps}
+        job = SETTINGS[self.setting].job(recipe.model_copy(update=changes), task.seed)
+        batches, statistics = self.statistics(task.seed)
+        job.__dict__ |= {
+            "checkpoint": self.job.checkpoint,
+            "anatomy": self.anatomy,
+            "workload": self.workload,
+            "original": copy.deepcopy(self.model),
+            "batches": batches,
+            "statistics": statistics,
+        }
+        return job
+
+    def train(self, job: Job, plan: Plan, model: nn.Module) -> None:
+        """Trains a task's network in place; the state that answers most of the validation questions stays."""
+        from infoprune_export.compress.recover import recover
+
+        setting, recipe = SETTINGS[self.setting], job.recipe
+        recover(
+            model,
+            self.model,
+            plan,
+            setting.rows(job, "train"),
+            recipe.recovery,
+            steps=recipe.train_steps,
+            validation=setting.rows(job, "val"),
+            seed=job.options.seed,
+        )
+        model.eval().requires_grad_(False)
+
+    def ask(self, model: nn.Module, task: Task) -> dict[str, np.ndarray]:
+        """Which questions of each of the setting's tasks a network answers."""
+        return {name: exam.verdicts(model) for name, exam in self.exams(task.split, task.images).items()}
+
+
+@lru_cache(maxsize=2)
+def bench(setting: SettingName) -> Bench:
+    return Bench(setting)
+
+
+def measure(task: Task, key: str) -> Row:
+    """Makes a task's network and asks it.
+
+    Args:
+        task: Which network and which questions.
+        key: Of the row.
+    """
+    row = Row(key, task)
+    if task.split is None:
+        row.seconds["compress"] = compress_seconds(task)
+        return row
+    here = bench(task.setting)
+    if task.method == "original":
+        model, row.flops = here.model, 1.0
+    else:
+        job = here.job_for(task)
+        begin = time.perf_counter()
+        try:
+            plan, model = job.factors(job.decide())
+        except InputError as e:
+            row.failed = str(e)
+            return row
+        row.flops, row.seconds["compress"] = plan.budget.predicted, round(time.perf_counter() - begin, 1)
+        if task.steps:
+            begin = time.perf_counter()
+            here.train(job, plan, model)
+            row.seconds["train"] = round(time.perf_counter() - begin, 1)
+    begin = time.perf_counter()
+    verdicts = here.ask(model, task)
+    row.seconds["evaluate"] = round(time.perf_counter() - begin, 1)
+    row.accuracy = {name: float(v.mean()) for name, v in verdicts.items()}
+    row.n = {name: len(v) for name, v in verdicts.items()}
+    return row
+
+
+def compress_seconds(task: Task) -> float:
+    """Seconds from a loaded model to the smaller one: calibration questions, statistics, plan and factors."""
+    recipe = SETTINGS[task.setting].recipe
+    job = SETTINGS[task.setting].job(recipe.model_copy(update={"flops": task.budget}), task.seed)
+    job.original  # noqa: B018 (loaded before the clock starts)
+    begin = time.perf_counter()
+    job.factors(job.decide())
+    return round(time.perf_counter() - begin, 1)
