@@ -87,6 +87,8 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     ]
     if b.eps:
         out.append("feed-forward spectral mass cut off (KS distance): " + ", ".join(f"{tower} {eps:.4f}" for tower, eps in b.eps.items()))
+    if plan.training:
+        out.append(f"trained: {plan.training}")
     for tower in ("vision", "language"):
         rows = [r for r in facts["layers"] if r["tower"] == tower]
         grouped = any(r["kv_groups"] != r["heads"] for r in rows)

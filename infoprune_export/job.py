@@ -348,7 +348,7 @@ class Job:
             return plan
         sources = recipe.training or recipe.calibration
         original = self.fresh_original()
-        return recover(
+        trained = recover(
             model,
             original,
             plan,
@@ -361,6 +361,8 @@ class Job:
             progress=self.progress,
             seed=self.options.seed,
         )
+        trained.training.head_steps = self.head_steps
+        return trained
 
 
 def read_plan_for(path: Path, sha256: str) -> Plan:

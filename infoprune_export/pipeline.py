@@ -69,7 +69,9 @@ def run(job: Job) -> tuple[Bundle, Report]:
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     weights = sum(p.stat().st_size for p in _weight_files(job))
-    check_disk(options.out, weights * (2 + len(dtypes) + 2 * keep_original))
+    # Training keeps the untrained network and a checkpoint: weights, two moments of each, the best weights so far.
+    training = 6 * bool(recipe.train_steps)
+    check_disk(options.out, weights * (2 + len(dtypes) + 2 * keep_original + training))
     with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
         root = space.path
         job.scratch = space.scratch

@@ -68,12 +68,17 @@ class Budget(_Strict):
 
 
 class TrainingRecord(_Strict):
-    """How the factors that go with a plan were trained."""
+    """How a plan's choice of heads, and the factors that go with it, were trained."""
 
-    steps: int
+    head_steps: int = Field(0, description="steps that learned which heads go; 0 where the scores said it")
+    steps: int = Field(description="steps of recovery")
     data: list[str] = Field(description="names of the data sets")
     images: int
     questions: int
+
+    def __str__(self) -> str:
+        heads = f"{self.head_steps} steps for the choice of heads, then " if self.head_steps else ""
+        return f"{heads}{self.steps} steps on {self.images} images with {self.questions} questions of {', '.join(self.data)}"
 
 
 class Plan(_Strict):

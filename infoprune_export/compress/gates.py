@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from infoprune_export.compress.allocate import LayerKey, UnitChoice, by_layer
+from infoprune_export.compress.allocate import LayerKey, UnitChoice, allocate, by_layer
 from infoprune_export.compress.concrete import Gates, draw, open_probability, settled
 from infoprune_export.compress.decide import least_units, score_units
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
 from infoprune_export.compress.recover import Taps, divergence, to
-from infoprune_export.compress.shares import keep_share
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.compress.training import Share, generator, train
 from infoprune_export.errors import InputError
@@ -35,7 +34,10 @@ HEAD_START = 0.5
 """Share of what is to go that is closed, in expectation, when training begins."""
 RISE = 0.3
 """Share of the steps in which the target goes from there to where it belongs."""
-GATE_RATE = 0.4
+TRAVEL = 20.0
+"""Rate of the gates times the steps: farther, and noise closes gates for good; a closed one has no gradient."""
+DRAWS = 4
+"""Draws of all gates in one share of a batch: their noise is what the gradient suffers from most."""
 MULTIPLIER_RATE = 2.0
 DAMPING = 20.0
 """First value of l2, in nats: keeps the expected FLOPs from swinging about their target."""
@@ -134,7 +136,7 @@ def learn_heads(
     """
     progress = progress or Silent()
     total = sum(u.cost for u in units)
-    allowance = target * total * (1 + 1e-9)
+    allowance = round(target * total)
     if total <= allowance:
         progress.note("no heads have to go: nothing for gates to learn")
         return Learned(by_layer(set(units)), {"target": target, "kept": 1.0, "expected": 1.0, "undecided": 0, "swapped": 0})
@@ -149,19 +151,18 @@ def learn_heads(
         train(search, steps=steps, name="heads", directory=directory, progress=progress, device=search.device, threads=threads, alone=True)
     finally:
         gates.close()
-    log_a = search.log_a.detach().cpu()
-    kept = keep_share([replace(u, value=a) for u, a in zip(units, log_a.tolist(), strict=True)], allowance, stay or {})
-    by_score = keep_share([replace(u, value=u.value / u.cost) for u in units], allowance, stay or {})
-    places = [{(u.layer, u.group) for u in chosen} for chosen in (kept, by_score)]
-    z = settled(log_a)
+    chance = open_probability(search.log_a.detach().double().cpu()).tolist()
+    kept = allocate([replace(u, value=p * u.cost) for u, p in zip(units, chance, strict=True)], [], allowance, stay=stay)
+    by_score = allocate(units, [], allowance, stay=stay)
+    z = settled(search.log_a.detach())
     figures = {
         "target": target,
-        "kept": sum(u.cost for u in kept) / total,
+        "kept": kept.cost / total,
         "expected": search.expected_flops().item(),
         "undecided": int(((z > 0) & (z < 1)).sum()),
-        "swapped": len(places[0] - places[1]),
+        "swapped": sum(len(set(groups) - set(by_score.units[layer])) for layer, groups in kept.units.items()),
     }
-    return Learned(by_layer(kept), figures)
+    return Learned(kept.units, figures)
 
 
 def planned_share(plan: Plan, units: Sequence[UnitChoice]) -> float:
@@ -183,7 +184,7 @@ class HeadSearch:
         rows: Training rows.
         target: Share of the units' FLOPs that is to stay.
         steps: How many there will be.
-        batch: Rows per step.
+        batch: Rows per step; at least one for each share.
         seed: For the order of the rows and the noise of the gates.
     """
 
@@ -207,12 +208,13 @@ class HeadSearch:
         self.start, self.target, self.rise = 1 - HEAD_START * (1 - target), target, max(1, round(RISE * steps))
         self.log_a = initial_log_a(units, self.start).to(self.device).requires_grad_()
         self.multipliers = torch.tensor([0.0, DAMPING], device=self.device, requires_grad=True)
+        self.rate = TRAVEL / steps
         self.taught: dict[int, Tensor] = {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # With betas 0 and a large eps AdamW is plain ascent: l1 moves in proportion to the excess.
         ascent = {"lr": MULTIPLIER_RATE, "betas": (0.0, 0.0), "eps": 1.0, "maximize": True, "constant": True}
-        return [{"params": [self.log_a], "lr": GATE_RATE}, {"params": [self.multipliers], **ascent}]
+        return [{"params": [self.log_a], "lr": self.rate}, {"params": [self.multipliers], **ascent}]
 
     def state_dict(self) -> dict[str, Any]:
         return {"log_a": self.log_a.detach(), "multipliers": self.multipliers.detach()}
@@ -231,14 +233,19 @@ class HeadSearch:
         return self.start + (self.target - self.start) * min(1.0, (step + 1) / self.rise)
 
     def loss(self, step: int, share: Share) -> tuple[Tensor, dict[str, float]]:
-        chosen = self.batch(step)[share.index :: share.of]
-        packed = pack([self.rows[i] for i in chosen])
-        taught = torch.cat([self._open(i) for i in chosen]).to(self.device)
-        u = torch.rand(self.gates.count, generator=generator(self.seed, step, share)).clamp(1e-6, 1 - 1e-6)
-        with self.gates.set(draw(self.log_a, u.to(self.device))):
-            logits = self._answers(packed)
-        target = packed.targets[packed.targets != IGNORE].to(self.device)
-        task = F.cross_entropy(logits, target) + divergence(logits, taught, 1.0)
+        chosen = self.batch(step, max(self.size, share.of))[share.index :: share.of]
+        numbers = generator(self.seed, step, share)
+        logits, targets, taught = [], [], []
+        for own in (chosen[n::DRAWS] for n in range(min(DRAWS, len(chosen)))):
+            packed = pack([self.rows[i] for i in own])
+            u = torch.rand(self.gates.count, generator=numbers).clamp(1e-6, 1 - 1e-6)
+            with self.gates.set(draw(self.log_a, u.to(self.device))):
+                logits.append(self._answers(packed))
+            targets.append(packed.targets[packed.targets != IGNORE])
+            taught += [self._open(i) for i in own]
+        answers = torch.cat(logits)
+        agreement = divergence(answers, torch.cat(taught).to(self.device), 1.0)
+        task = F.cross_entropy(answers, torch.cat(targets).to(self.device)) + agreement
         return task + self.price(step), {"loss": task.item(), "expected FLOPs": self.expected_flops().item()}
 
     def price(self, step: int) -> Tensor:
@@ -247,10 +254,10 @@ class HeadSearch:
         lost = (open_probability(self.log_a) * self.unimportance).mean()
         return self.multipliers[0] * excess + self.multipliers[1] * excess.square() + INFORMATION_WEIGHT * lost
 
-    def batch(self, step: int) -> list[int]:
+    def batch(self, step: int, size: int) -> list[int]:
         """Rows of one step: each once before any twice."""
         chosen = []
-        for n in range(step * self.size, (step + 1) * self.size):
+        for n in range(step * size, (step + 1) * size):
             lap, place = divmod(n, len(self.rows))
             chosen.append(int(np.random.default_rng([self.seed, lap]).permutation(len(self.rows))[place]))
         return chosen

@@ -70,7 +70,7 @@ class Packed:
 def make_rows(
     images: Iterable[tuple[Callable[[], np.ndarray] | None, Sequence[Tokens]]], *, image_token: int | None, window: int | None = None
 ) -> list[Row]:
-    """One row for each image with its questions, or as few as `LONGEST_ROW` allows.
+    """One row for each image with its questions, or as few as `LONGEST_ROW` allows; none where there is nothing to learn.
 
     Args:
         images: What makes an image's pixels, and the questions about it.
@@ -94,7 +94,7 @@ def make_rows(
             group.append((prompt, answer))
             length += own
         rows.append(_row(pixels, prefix, group))
-    return rows
+    return [r for r in rows if (r.targets != IGNORE).any()]
 
 
 def pack(rows: Sequence[Row], pad: int = 0) -> Packed:

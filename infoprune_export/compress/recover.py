@@ -1,6 +1,6 @@
 """Recovery: the compressed network learns from the original again what it lost (knowledge distillation).
 
-The loss has three parts: cross-entropy on the answers, the divergence of the softened predictions (Hinton et al.
+The loss has three parts: cross-entropy on the answers where they are known, the divergence of the softened predictions (Hinton et al.
 2015) at the same positions, and the distance of hidden states after some layers of both towers and behind the
 projector. Trained are the linear maps of the layers and of the projector, low-rank pairs in place; norms and
 embeddings stay, so that what was learned is carried by the factors.
@@ -9,7 +9,7 @@ embeddings stay, so that what was learned is carried by the factors.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infoprune_export.compress.lowrank import LowRankLinear
-from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
+from infoprune_export.compress.packing import IGNORE, Row, pack
 from infoprune_export.compress.training import Share, Validation, train
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.models.anatomy import Anatomy
@@ -84,7 +84,7 @@ def recover(
     train(objective, steps=steps, name="recovery", directory=directory, progress=progress, validation=look, device=device)
     objective.close()
     questions = sum(int(r.owners.max()) + 1 for r in rows)
-    record = TrainingRecord(steps=steps, data=list(data), images=len(rows), questions=questions)
+    record = TrainingRecord(steps=steps, data=list(data), images=len({id(r.pixels) for r in rows}), questions=questions)
     trained = plan.model_copy(update={"training": record})
     trained.factors = trained_factors(student, plan)
     return trained
@@ -144,6 +144,7 @@ class Distillation:
         self.lessons: dict[int, Lesson] = {}
         self.lock = threading.Lock()
         paths = [linear.path for linear in plan.trained_maps().values()]
+        student.requires_grad_(False)
         self.adapters = Adapters(student, paths, settings.lora_rank, seed) if self._by_lora() else None
         if self.adapters is None:
             for path in paths:
@@ -178,22 +179,28 @@ class Distillation:
             p.copy_(state[name])
 
     def loss(self, step: int, share: Share) -> tuple[Tensor, dict[str, float]]:
-        chosen = self.batch(step)[share.index :: share.of]
+        chosen = share.take(self.batch(step))
         packed = pack([self.rows[i] for i in chosen])
-        lessons = self.learn(chosen, packed)
+        lessons = [self.lesson(i) for i in chosen]
         hidden, states = self.taps[0].run(to(packed.inputs, self.device))
         wanted = packed.targets != IGNORE
         logits = self.student.get_submodule(self.anatomy.head_path)(states[wanted.to(self.device)]).float()
+        answered = torch.tensor([self.rows[i].answered for i in chosen])[:, None].expand_as(wanted)[wanted]
         target, taught = packed.targets[wanted].to(self.device), torch.cat([x.logits for x in lessons]).to(self.device)
-        s = self.settings
-        parts = {"ce": F.cross_entropy(logits, target), "kl": divergence(logits, taught, s.temperature)}
+        s, nothing, parts = self.settings, logits.new_zeros(()), {}
+        parts["ce"] = F.cross_entropy(logits[answered], target[answered]) if answered.any() else nothing
+        parts["kl"] = divergence(logits, taught, s.temperature)
         real = packed.real.to(self.device)
         distances = [
-            distance(h, [x.hidden[tap] for x in lessons], real if h.shape[:2] == real.shape else None) for tap, h in hidden.items()
+            distance(h, [x.hidden[tap] for x in lessons if tap in x.hidden], real if self._in_language(tap) else None)
+            for tap, h in hidden.items()
         ]
-        parts["hidden"] = torch.stack(distances).mean() if distances else logits.new_zeros(())
+        parts["hidden"] = torch.stack(distances).mean() if distances else nothing
         total = s.answer_weight * parts["ce"] + s.teacher_weight * parts["kl"] + s.hidden_weight * parts["hidden"]
         return total, {"loss": total.item(), **{k: v.item() for k, v in parts.items()}}
+
+    def _in_language(self, tap: str) -> bool:
+        return tap.startswith(self.anatomy.language.path)
 
     def batch(self, step: int) -> list[int]:
         """Rows of one step: every row once an epoch, those of a batch about as long as each other."""
@@ -212,30 +219,23 @@ class Distillation:
             batches += [[int(i) for i in together[j : j + size]] for j in range(0, len(together), size)]
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def learn(self, chosen: list[int], packed: Packed) -> list[Lesson]:
-        """What the original says about rows, remembered while there is memory."""
-        missing = [i for i in chosen if i not in self.lessons]
-        if not missing:
-            return [self.lessons[i] for i in chosen]
-        if len(missing) < len(chosen):
-            packed = pack([self.rows[i] for i in missing])
-        new = dict(zip(missing, self._ask(missing, packed), strict=True))
-        with self.lock:
-            for i, lesson in new.items():
-                if lesson.bytes <= self.memory:
-                    self.memory -= lesson.bytes
-                    self.lessons[i] = lesson
-        return [new[i] if i in new else self.lessons[i] for i in chosen]
+    def lesson(self, row: int) -> Lesson:
+        """What the original says about a row, remembered while there is memory.
 
-    @torch.no_grad()
-    def _ask(self, chosen: list[int], packed: Packed) -> Iterator[Lesson]:
-        hidden, states = self.taps[1].run(to(packed.inputs, self.device))
-        head = self.teacher.get_submodule(self.anatomy.head_path)
-        for i, row in enumerate(packed.targets != IGNORE):
-            length = len(self.rows[chosen[i]].ids)
-            shape = packed.targets.shape
-            kept = {tap: (h[i, :length] if h.shape[:2] == shape else h[i]).bfloat16() for tap, h in hidden.items()}
-            yield Lesson(head(states[i, row.to(self.device)]).float(), kept)
+        Each row is asked about on its own, so that it does not matter when, nor whether it was remembered.
+        """
+        if row in self.lessons:
+            return self.lessons[row]
+        packed = pack([self.rows[row]])
+        with torch.no_grad():
+            hidden, states = self.taps[1].run(to(packed.inputs, self.device))
+            logits = self.teacher.get_submodule(self.anatomy.head_path)(states[(packed.targets != IGNORE).to(self.device)])
+        lesson = Lesson(logits.float(), {tap: h[0].bfloat16() for tap, h in hidden.items()})
+        with self.lock:
+            if lesson.bytes <= self.memory:
+                self.memory -= lesson.bytes
+                self.lessons[row] = lesson
+        return lesson
 
 
 class Adapters:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,17 +26,26 @@ from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.launched import processes
 from infoprune_export.progress import Progress, Silent
 
+MOST_SHARES = 4
+"""Threads that work on shares of their own; more cores than these work together inside a share."""
 PATIENCE_FOR_NAN = 5
 """Steps in a row without a finite gradient after which training is given up."""
 WARM_UP = 0.1
 """Share of the steps in which the rate rises."""
 
 
+Item = TypeVar("Item")
+
+
 class Share(NamedTuple):
-    """Which part of a step's batch: the items `index, index + of, index + 2 of ...` of it."""
+    """Which part of a step's batch."""
 
     index: int
     of: int
+
+    def take(self, batch: list[Item]) -> list[Item]:
+        """The items `index, index + of, index + 2 of ...`; one of the others where there are fewer items than shares."""
+        return batch[self.index :: self.of] or [batch[self.index % len(batch)]]
 
 
 WHOLE = Share(0, 1)
@@ -125,7 +134,7 @@ def train(
         progress: Told about steps and figures.
         validation: How to find the best state.
         device: On CUDA, products are in bfloat16 where the device has it.
-        threads: Shares that are worked on at once on the CPU; as many as PyTorch's threads when None.
+        threads: CPU threads; as many as PyTorch's when None.
         checkpoint_seconds: Time between checkpoints.
         alone: Other processes of the same launch take no part.
 
@@ -138,7 +147,7 @@ def train(
     if path and path.is_file():
         loop.load(path)
     saved = time.monotonic()
-    with (progress or Silent()).bar(name, steps) as advance:
+    with (progress or Silent()).bar(name, steps) as advance, loop:
         advance(loop.state.step)
         while loop.state.step < steps:
             advance(1, loop.step())
@@ -147,9 +156,8 @@ def train(
             if path and time.monotonic() - saved > checkpoint_seconds:
                 loop.save(path)
                 saved = time.monotonic()
-        if loop.state.best is not None:
-            objective.load_state_dict(loop.state.best)
-    loop.close()
+    if loop.state.best is not None:
+        objective.load_state_dict(loop.state.best)
 
 
 class _Loop:
@@ -162,14 +170,17 @@ class _Loop:
         self.parameters = [p for g in self.groups for p in g["params"]]
         own = [{k: v for k, v in g.items() if k not in ("clip", "constant")} for g in self.groups]
         self.optimizer = torch.optim.AdamW(own, betas=(0.9, 0.98), weight_decay=0.0)
-        self.local = (threads or torch.get_num_threads()) if device.type == "cpu" else 1
-        self.before = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(self.local, initializer=lambda: torch.set_num_threads(1)) if self.local > 1 else None
+        self.threads = threads or torch.get_num_threads()
+        self.local = min(self.threads, MOST_SHARES) if device.type == "cpu" else 1
 
-    def close(self) -> None:
-        if self.pool:
-            self.pool.shutdown()
-            torch.set_num_threads(self.before)
+    def __enter__(self) -> _Loop:
+        each, self.before = max(1, self.threads // self.local), torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.local, initializer=lambda: torch.set_num_threads(each))
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.pool.shutdown()
+        torch.set_num_threads(self.before)
 
     def step(self) -> str:
         """One step of the optimiser, or none where the gradient is not finite; returns figures to show."""
@@ -177,7 +188,7 @@ class _Loop:
         of = self.local * self.accelerator.num_processes
         first = self.local * self.accelerator.process_index
         shares = [Share(first + i, of) for i in range(self.local)]
-        results = list(self.pool.map(self._gradients, shares)) if self.pool else [self._gradients(s) for s in shares]
+        results = list(self.pool.map(self._gradients, shares))
         self._collect([grads for grads, _ in results])
         if self._clip():
             for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
@@ -190,7 +201,7 @@ class _Loop:
             if state.bad == PATIENCE_FOR_NAN:
                 raise InputError(
                     f"training has had no finite gradient for {PATIENCE_FOR_NAN} steps in a row (at step {state.step + 1})",
-                    mend="lower training.rate in the recipe, and check the model's weights and the training images",
+                    mend="lower recovery.rate in the recipe, and check the model's weights and the training images",
                 )
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from networks import IMAGE_TOKEN, IMAGE_TOKENS, build
+from networks import IMAGE_TOKEN, IMAGE_TOKENS, build, inputs
 
 from infoprune_export.compress.allocate import UnitChoice
 from infoprune_export.compress.concrete import Gates, open_probability
@@ -15,7 +15,7 @@ from infoprune_export.compress.gates import HeadSearch, initial_log_a, learn_hea
 from infoprune_export.compress.packing import make_rows, pack
 from infoprune_export.compress.statistics import Batch, gather
 from infoprune_export.compress.surgery import head_rows
-from infoprune_export.compress.training import WHOLE, train
+from infoprune_export.compress.training import WHOLE, Share, train
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.models.flops import attention_flops, count, tower_passes
@@ -33,6 +33,15 @@ def rows_of(n=6, seed=0):
     prompt = lambda: np.concatenate([np.full(IMAGE_TOKENS, IMAGE_TOKEN), draw(4)])
     pixels = rng.standard_normal((n, 1, 3, 16, 16)).astype(np.float32)
     return make_rows([(lambda i=i: pixels[i], [(prompt(), draw(2)) for _ in range(3)]) for i in range(n)], image_token=IMAGE_TOKEN)
+
+
+def own_answers(model, n=6, seed=0):
+    """Questions with the answer, of all words, that the model likes best."""
+    x = inputs(batch=n, seed=seed)
+    best = model(**x, use_cache=False).logits[:, -1, :90].argmax(-1)
+    pixels = x["pixel_values"].numpy()
+    asked = [(lambda i=i: pixels[i : i + 1], [(x["input_ids"][i].numpy(), best[i : i + 1].numpy())]) for i in range(n)]
+    return make_rows(asked, image_token=IMAGE_TOKEN)
 
 
 def units_of(anatomy, value=lambda layer, group: 1.0):
@@ -100,7 +109,7 @@ def test_the_only_informative_head_of_a_layer_survives_where_the_scores_say_noth
     alive = lambda layer: layer.index % layer.attention.kv_groups
     silence(model, anatomy, lambda layer: [g for g in range(layer.attention.kv_groups) if g != alive(layer)])
     units = [replace(u, value=u.cost) for u in units_of(anatomy)]
-    found = learn_heads(model, anatomy, rows_of(), units, target=0.32, steps=60, batch=2, threads=1)
+    found = learn_heads(model, anatomy, own_answers(model), units, target=0.32, steps=60, batch=4, threads=1)
     assert found.heads == {(x.tower, x.index): [alive(x)] for x in anatomy.layers()}
     assert 0 < found.figures["kept"] <= 0.32
     assert found.figures["swapped"] > 0
@@ -167,8 +176,13 @@ def test_the_gradient_of_the_loss_reaches_every_gate():
 
 def test_every_row_is_used_once_before_any_twice():
     search = search_of(model := build(), units_of(find_anatomy(model)), rows_of(5), batch=2)
-    seen = [i for step in range(5) for i in search.batch(step)]
+    seen = [i for step in range(5) for i in search.batch(step, 2)]
     assert sorted(seen[:5]) == sorted(seen[5:]) == [0, 1, 2, 3, 4]
+
+
+def test_every_share_has_rows_however_many_threads_there_are():
+    search = search_of(model := build(), units_of(find_anatomy(model)), rows_of(2), batch=1)
+    assert all(torch.isfinite(search.loss(0, Share(i, 5))[0]) for i in range(5))
 
 
 @pytest.mark.parametrize("refitted", [False, True])

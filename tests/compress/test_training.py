@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,20 @@ def test_the_best_state_is_kept_and_patience_ends_training(tmp_path):
     train(objective, steps=50, threads=1, validation=Validation(score, every=10, patience=2))
     assert len(states) == 4
     assert torch.equal(objective.weights.detach(), states[1])
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_launch_come_to_what_two_threads_come_to(tmp_path):
+    here = Path(__file__)
+    script = f"import sys; sys.path.insert(0, {str(here.parent)!r})\nimport {here.stem} as t, torch\n"
+    script += f"torch.save(t.trained(directory=t.Path({str(tmp_path)!r}), checkpoint_seconds=0).weights, f'{tmp_path}/' + sys.argv[1])"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {**os.environ, "PYTHONPATH": str(here.parents[2]), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", script, str(i)], env=env) for i, env in enumerate(ranks)]
+    assert [p.wait(timeout=300) for p in running] == [0, 0]
+    first, second = (torch.load(tmp_path / str(i)) for i in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, trained(threads=2).weights)

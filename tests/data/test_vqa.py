@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from infoprune_export.data.vqa import load_questions, score
+from infoprune_export.data.vqa import fingerprint, load_questions, score
 from infoprune_export.errors import InputError
 
 
@@ -35,6 +35,25 @@ def write_vqa(root: Path, subtype: str = "val2014", n: int = 3, annotated: bool 
     folder = subtype.replace("test-dev", "test")
     put(root, {f"{folder}/COCO_{folder}_{40 + i:012d}.png": picture(i) for i in range(n)}, f"{folder}.zip" if zipped else None)
     return path
+
+
+def test_a_fingerprint_changes_with_questions_answers_and_images(tmp_path: Path) -> None:
+    """What was made from data that are others now is not gone on from."""
+    questions = write_vqa(tmp_path / "vqa")
+    seen = [fingerprint(tmp_path / "vqa"), fingerprint(questions)]
+    assert seen == [fingerprint(tmp_path / "vqa"), fingerprint(questions)]
+    for file in sorted((tmp_path / "vqa").glob("*.json")):
+        text = file.read_text()
+        file.write_text(text.replace("40", "48"))
+        seen.append(fingerprint(tmp_path / "vqa"))
+        file.write_text(text)
+    assert fingerprint(tmp_path / "vqa") == seen[0]
+    (tmp_path / "vqa" / "more.zip").write_bytes(b"")
+    seen.append(fingerprint(tmp_path / "vqa"))
+    assert len(set(seen)) == 4
+    assert fingerprint("tiny:vqa") != fingerprint("tiny:gqa")
+    with pytest.raises(InputError, match="does not exist"):
+        fingerprint(tmp_path / "nothing")
 
 
 def write_textvqa(root: Path, split: str = "val", **changes: Any) -> Path:

@@ -17,7 +17,7 @@ from quality.settings import SETTINGS, SettingName
 from quality.work import measure, start
 
 TRAINED_BUDGETS = {"tiny": (0.33, 0.5), "smol": (0.33,)}
-STEPS = {"tiny": 400, "smol": 100}
+STEPS = {"tiny": 200, "smol": 100}
 TRAINED_PAIRS = {"tiny": 2, "smol": 1}
 ABLATION_BUDGET = 0.5
 QUICK_BUDGETS = (0.6, 0.33)
@@ -38,23 +38,24 @@ class Stage:
 def stages() -> list[Stage]:
     """The whole proof, the most important part first."""
     ours_and_pairs = (OURS, *PAIRS)
-    tiny, smol = SETTINGS["tiny"].budgets, SETTINGS["smol"].budgets if "smol" in SETTINGS else ()
-    important = sorted(tiny, key=[0.33, 0.5, 0.6, 0.8].index)
-    found = [
+    tiny, smol = sorted(SETTINGS["tiny"].budgets), SETTINGS["smol"].budgets
+    return [
         Stage(
             "tiny.free",
             (
                 Task("tiny", "original", 1.0),
-                *(Task("tiny", m.name, b, seed) for seed in range(3) for b in important for m in ours_and_pairs),
+                *(Task("tiny", m.name, b, seed) for seed in range(3) for b in tiny for m in ours_and_pairs),
             ),
         ),
         Stage("tiny.trained", _trained("tiny")),
         Stage("smol.free", (Task("smol", "original", 1.0), *(Task("smol", m.name, b) for b in smol for m in ours_and_pairs))),
         Stage("smol.trained", _trained("smol")),
         Stage("ablations", tuple(Task("tiny", m.name, ABLATION_BUDGET) for m in ABLATIONS)),
-        Stage("swaps", tuple(Task("tiny", m.name, b, seed) for seed in range(3) for b in important for m in SWAPS)),
+        *(
+            Stage(f"swaps.{part}", tuple(Task("tiny", m.name, b, seed) for seed in seeds for b in budgets for m in SWAPS))
+            for part, seeds, budgets in (("low", (0,), tiny[:2]), ("high", (0,), tiny[2:]), ("seeds", (1, 2), tiny))
+        ),
     ]
-    return [s for s in found if all(t.setting in SETTINGS for t in s.tasks)]
 
 
 def _trained(setting: SettingName) -> tuple[Task, ...]:

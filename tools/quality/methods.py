@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from infoprune_export.recipe import Criterion
+from infoprune_export.recipe import Criterion, Recovery
 
 Kind = Literal["ours", "pair", "swap", "ablation", "original"]
 
-CANDIDATES = 3
-_HEAD_WEIGHTS = (1.0, 0.5, 2.0)
-_SHARE_POWERS = (1.0, 0.5, 1.5)
-"""Attention keeps budget ** power: as much as everything, more, less."""
+CANDIDATES = 4
+_HEAD_WEIGHTS = (1.0, 0.5, 1.5, 2.0)
+_SHARE_POWERS = (1.0, 0.5, 0.25, 0.0)
+"""Attention keeps budget ** power: as much as everything, more, still more, all of it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Method:
         """
         return Criterion(**self.fields, **(parameters or {}))
 
+    def recovery(self, settings: Recovery) -> Recovery:
+        """How its networks are trained: as ours are, except that only ours may learn which heads go."""
+        return settings if self.kind == "ours" else settings.model_copy(update={"head_share": 0.0})
+
 
 HEAD_RULES = {
     "random": {"heads": "random", "compensate": "none"},
@@ -65,16 +69,17 @@ HEAD_RULES = {
 """As published: only FLAP makes up for what it removes."""
 
 FFN_RULES = {
-    "SVD": {"weighting": "none", "allocation": "uniform"},
-    "ASVD": {"weighting": "asvd", "allocation": "uniform"},
-    "SVD-LLM": {"weighting": "activation", "allocation": "uniform"},
-    "D-Rank": {"weighting": "activation", "allocation": "d-rank"},
+    "SVD": {"weighting": "none", "allocation": "uniform", "text_share": None},
+    "ASVD": {"weighting": "asvd", "allocation": "uniform", "text_share": None},
+    "SVD-LLM": {"weighting": "activation", "allocation": "uniform", "text_share": None},
+    "D-Rank": {"weighting": "activation", "allocation": "d-rank", "text_share": None},
 }
+"""As published: every token counts the same."""
 
 ORIGINAL = Method("original", "original")
 OURS = Method("ours", "ours")
 PAIRS = tuple(
-    Method(f"{head} + {ffn}", "pair", HEAD_RULES[head] | FFN_RULES[ffn] | {"text_share": None})
+    Method(f"{head} + {ffn}", "pair", HEAD_RULES[head] | FFN_RULES[ffn])
     for head, ffn in (
         ("random", "SVD"),
         ("magnitude", "SVD"),
@@ -101,12 +106,13 @@ ABLATIONS = (
     _ablation(erank_weight=0.5),
     _ablation(erank_weight=1.0),
     _ablation(weighting="activation"),
+    _ablation(heads="ks-activation", weighting="activation"),
     _ablation(weighting="none"),
     _ablation(allocation="uniform"),
     _ablation(allocation="d-rank"),
     _ablation(compensate="none"),
     _ablation(compensate="bias"),
 )
-"""Each against `OURS`, which is a = 0, loss weighting, the pooled allocation and the refit."""
+"""Each against `OURS`, which has the criterion's defaults."""
 
 METHODS = {m.name: m for m in (ORIGINAL, OURS, *PAIRS, *SWAPS, *ABLATIONS)}

@@ -19,11 +19,12 @@ from quality.questions import Split
 from quality.settings import SETTINGS, SettingName
 from quality.versions import ROOT, code_version, digest, with_imports
 
-_PACKAGE, _HERE = ROOT / "infoprune_export", Path(__file__).parent
+_PACKAGE = ROOT / "infoprune_export"
 _FREE = [_PACKAGE / "compress" / f"{name}.py" for name in ("calibration", "evidence", "decide", "factors")]
-_FREE += [_PACKAGE / "runtime" / "prompts.py", _PACKAGE / "runtime" / "images.py", _HERE / "exam.py", _HERE / "questions.py"]
+_FREE += [_PACKAGE / "runtime" / f"{name}.py" for name in ("prompts", "images")]
 _TRAINED = [*_FREE, *(_PACKAGE / "compress" / f"{name}.py" for name in ("gates", "recover"))]
-"""What makes and asks networks; what these import counts as well."""
+"""What makes networks; what these import counts as well."""
+_ASKING = [Path(__file__).with_name(name) for name in ("exam.py", "questions.py")]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Versions:
 
     def __init__(self) -> None:
         self._settings: dict[str, str] = {}
-        self.free, self.trained = (code_version(with_imports(files)) for files in (_FREE, _TRAINED))
+        self.free, self.trained = (code_version([*with_imports(files), *_ASKING]) for files in (_FREE, _TRAINED))
 
     def of(self, setting: SettingName) -> str:
         """Of a setting's model and questions."""
@@ -103,9 +104,13 @@ class Versions:
 
     def key_of(self, task: Task) -> str:
         """Names a row by all that its figures depend on."""
-        criterion = METHODS[task.method].criterion(task.parameters).model_dump(mode="json")
+        method = METHODS[task.method]
+        criterion = method.criterion(task.parameters).model_dump(mode="json")
         images = task.images or (SETTINGS[task.setting].tune_images, SETTINGS[task.setting].test_images)
         parts = (task.budget, task.seed, task.split, images, task.steps, sorted(criterion.items(), key=str))
+        if task.steps:
+            setting = SETTINGS[task.setting]
+            parts += (setting.train_images, setting.recipe.validation, method.recovery(setting.recipe.recovery))
         if task.method == "original":
             parts = (task.split, images)
         return digest((self.of(task.setting), self.trained if task.steps else self.free, parts))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 
@@ -11,6 +12,7 @@ from quality import outputs
 from quality.campaign import Crew, Stage, Tuned, only, quick_stage, stages
 from quality.methods import METHODS, ORIGINAL
 from quality.rows import Row, RowFile, Task, Versions
+from quality.settings import SETTINGS
 from quality.versions import ROOT
 
 TIMED = Task("smol", "ours", 0.6, split=None)
@@ -26,20 +28,24 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         Exit code: 0, or 1 if a row could not be measured.
     """
+    absent = {name: reason for name, setting in SETTINGS.items() if (reason := setting.absent())}
+    for reason in absent.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    whole = [s for s in stages() if s.tasks[0].setting not in absent]
     book, versions = RowFile(args.rows), Versions()
     tuned, broken = Tuned(book, versions), 0
     if not args.report:
         with Crew(args.workers, args.threads, book, versions) as crew:
-            for stage in only(stages(), args.only):
+            for stage in only(whole, args.only):
                 crew.measure(f"{stage.name}, validation", tuned.needed(stage.tasks))
                 crew.measure(stage.name, _filled(stage, tuned))
-                _write(args, book, versions, tuned)
-            broken = crew.broken
-        if any(fnmatch("smol.time", pattern) for pattern in args.only or ["*"]):
+                _write(args, whole, book, versions, tuned)
+        broken = crew.broken
+        if TIMED.setting not in absent and any(fnmatch("smol.time", pattern) for pattern in args.only or ["*"]):
             with Crew(1, TIMED_CORES, book, versions) as alone:
                 alone.measure("smol.time", [TIMED])
             broken += alone.broken
-    _write(args, book, versions, tuned)
+    _write(args, whole, book, versions, tuned)
     return 1 if broken else 0
 
 
@@ -47,14 +53,16 @@ def run_quick(args: argparse.Namespace) -> int:
     """The quick run; parameters are those that the full run recorded. See `run`."""
     book, versions = RowFile(args.rows), Versions()
     known = outputs.recorded_parameters(ROOT / "benchmarks" / "quality" / "results.json")
-    notes = [outputs.quick_note()]
-    tasks = []
+    notes, tasks, unknown = [outputs.quick_note()], [], []
     for task in quick_stage().tasks:
         which = (task.setting, task.method, task.budget)
-        if task.method != ORIGINAL.name and which not in known:
-            notes.append(f"{task.method} at {task.budget:g} has no recorded parameters: the first candidate is taken.")
-        plain = next(METHODS[task.method].candidates(task.budget)) if task.method != ORIGINAL.name else {}
-        tasks.append(replace(task, parameters=known.get(which, plain)))
+        if task.method != ORIGINAL.name:
+            if which not in known:
+                unknown.append(f"{task.method} at {task.budget:g}")
+            task = replace(task, parameters=known.get(which) or next(METHODS[task.method].candidates(task.budget)))
+        tasks.append(task)
+    if unknown:
+        notes.append(f"No parameters are recorded for {', '.join(unknown)}: the first candidate is taken.")
     with Crew(args.workers, args.threads, book, versions) as crew:
         crew.measure("quick", tasks)
     rows = [row for t in tasks if (row := book.get(versions.key_of(t)))]
@@ -70,13 +78,13 @@ def _filled(stage: Stage, tuned: Tuned) -> Iterable[Task]:
             continue  # a candidate could not be measured, and has been told
 
 
-def _write(args: argparse.Namespace, book: RowFile, versions: Versions, tuned: Tuned) -> None:
+def _write(args: argparse.Namespace, whole: Sequence[Stage], book: RowFile, versions: Versions, tuned: Tuned) -> None:
     """Writes every row of the whole proof that there is, whatever this run was asked for."""
     rows: dict[str, Row] = {}
-    for stage in stages():
+    for stage in whole:
         for task in _filled(stage, tuned):
             if row := book.get(versions.key_of(task)):
                 rows[row.key] = row
-    timed = book.get(versions.key_of(TIMED))
+    timed = book.get(versions.key_of(TIMED)) if any(s.tasks[0].setting == TIMED.setting for s in whole) else None
     seconds = timed.seconds["compress"] if timed else None
-    outputs.write(args.out, list(rows.values()), outputs.tuned_record(tuned, stages()), seconds, [])
+    outputs.write(args.out, list(rows.values()), outputs.tuned_record(tuned, whole), seconds, [])

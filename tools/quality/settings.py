@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from infoprune_export.data.vqa import load_questions
+from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, resolve
 from infoprune_export.recipe import Recipe
 from quality.questions import Asked, Files, Questions, Rendered, Split, files_version
@@ -57,6 +58,14 @@ class Setting:
         job.base = ROOT  # a packaged recipe's paths are relative to where one works; this tool's are the checkout's
         return job
 
+    def absent(self) -> str | None:
+        """Why this model cannot be compared on here, such as one that has to be built first; None where it can."""
+        try:
+            self.version()
+        except InputError as e:
+            return str(e)
+        return None
+
     def exams(self, job: Job, split: Split, images: int | None = None) -> dict[str, Exam]:
         """The questions of a split, task by task, ready to be put to any network made of this model.
 
@@ -73,11 +82,11 @@ class Setting:
             for task, asked in self._encoded(job, split, images).items()
         }
 
-    def rows(self, job: Job, split: Split) -> list[Row]:
-        """The questions of a split, as training takes them."""
+    def training_rows(self, job: Job) -> list[Row]:
+        """The questions that every compressed network is trained on, in the form that training takes."""
         from infoprune_export.compress.packing import make_rows
 
-        asked = [x for some in self._encoded(job, split).values() for x in some]
+        asked = [x for some in self._encoded(job, "train").values() for x in some]
         images = [((lambda image=image: job.images([image])), paths) for image, paths in asked]
         return make_rows(images, image_token=job.prompts.config.image_token_id)
 
@@ -96,9 +105,8 @@ class Setting:
         job = self.job()
         directory = job.checkpoint.directory
         reading = files_version(p for pattern in ("*token*.json", "*processor*.json", "*.jinja") for p in directory.glob(pattern))
-        drawn = [
-            q for s in job.resolved(dict(enumerate(self.recipe.calibration))).values() for q in load_questions(s.path, s.split).questions
-        ]
+        sources = job.resolved(dict(enumerate(self.recipe.calibration))).values()
+        drawn = [q for s in sources for q in load_questions(s.path, s.split).questions]
         calibration = digest([(q.id, q.question, q.answers) for q in drawn]), files_version({q.image.path for q in drawn})
         asked = self.recipe.samples, self.recipe.workload, self.recipe.prompt, self.recipe.calibration
         return digest((job.checkpoint.source.sha256, reading, calibration, asked, self.questions.version(job)))

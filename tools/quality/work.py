@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.errors import InputError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from infoprune_export.compress.statistics import Statistics
-    from infoprune_export.plans import Plan
     from quality.exam import Exam
 
 
@@ -47,26 +46,35 @@ class Bench:
             self._exams[split, images] = SETTINGS[self.setting].exams(self.job, split, images)
         return self._exams[split, images]
 
-    @lru_cache(maxsize=2)  # noqa: B019 (a bench lives as long as its process)
-    def statistics(self, seed: int) -> tuple[list[Any], Statistics]:
-        """The calibration batches of a seed, and everything that any method asks of them: they are seen once for all."""
-        from infoprune_export.compress.evidence import gather_task
-        from infoprune_export.compress.statistics import gather
+    @lru_cache(maxsize=4)  # noqa: B019 (a bench lives as long as its process)
+    def statistics(self, seed: int, text_share: float | None) -> tuple[list[Any], Statistics]:
+        """The calibration batches of a seed, and everything that any method asks of them: they are seen once for all.
+
+        Args:
+            seed: Of the draw.
+            text_share: See `Criterion`; of its fields only this one changes what is gathered, and not just how much.
+        """
+        from infoprune_export.compress.evidence import gather_for, gather_task
 
         job = SETTINGS[self.setting].job(seed=seed)
-        job.__dict__ |= {"anatomy": self.anatomy}
-        temperature = job.recipe.criterion.temperature
-        found = gather(self.model, self.anatomy, job.batches, scales=True, temperature=temperature, seed=seed)
+        job.__dict__ |= {"anatomy": self.anatomy, "original": self.model}
+        # Our heads with ASVD need the loss gradients and the scales of inputs: all that there is but for the next line.
+        everything = job.recipe.criterion.model_copy(update={"heads": "ks", "weighting": "asvd", "text_share": text_share})
+        found = gather_for(everything, self.model, self.anatomy, job.batches, seed=seed)
         found.task = gather_task(self.model, self.anatomy, job.batches, gates=True, weights=True)
         return job.batches, found
 
+    @cached_property
+    def training_rows(self) -> list[Any]:
+        return SETTINGS[self.setting].training_rows(self.job)
+
     def job_for(self, task: Task) -> Job:
         """A job that makes a task's network, with all that tasks share in its place."""
-        recipe = SETTINGS[self.setting].recipe
-        criterion = METHODS[task.method].criterion(task.parameters)
-        changes = {"flops": task.budget, "criterion": criterion, "train_steps": task.steps}
+        recipe, method = SETTINGS[self.setting].recipe, METHODS[task.method]
+        criterion = method.criterion(task.parameters)
+        changes = {"flops": task.budget, "criterion": criterion, "train_steps": task.steps, "recovery": method.recovery(recipe.recovery)}
         job = SETTINGS[self.setting].job(recipe.model_copy(update=changes), task.seed)
-        batches, statistics = self.statistics(task.seed)
+        batches, statistics = self.statistics(task.seed, criterion.text_share)
         job.__dict__ |= {
             "checkpoint": self.job.checkpoint,
             "anatomy": self.anatomy,
@@ -75,24 +83,9 @@ class Bench:
             "batches": batches,
             "statistics": statistics,
         }
+        if task.steps:
+            job.__dict__["training_rows"] = self.training_rows
         return job
-
-    def train(self, job: Job, plan: Plan, model: nn.Module) -> None:
-        """Trains a task's network in place; the state that answers most of the validation questions stays."""
-        from infoprune_export.compress.recover import recover
-
-        setting, recipe = SETTINGS[self.setting], job.recipe
-        recover(
-            model,
-            self.model,
-            plan,
-            setting.rows(job, "train"),
-            recipe.recovery,
-            steps=recipe.train_steps,
-            validation=setting.rows(job, "val"),
-            seed=job.options.seed,
-        )
-        model.eval().requires_grad_(False)
 
     def ask(self, model: nn.Module, task: Task) -> dict[str, np.ndarray]:
         """Which questions of each of the setting's tasks a network answers."""
@@ -129,7 +122,8 @@ def measure(task: Task, key: str) -> Row:
         row.flops, row.seconds["compress"] = plan.budget.predicted, round(time.perf_counter() - begin, 1)
         if task.steps:
             begin = time.perf_counter()
-            here.train(job, plan, model)
+            job.recover(plan, model)
+            model.eval().requires_grad_(False)
             row.seconds["train"] = round(time.perf_counter() - begin, 1)
     begin = time.perf_counter()
     verdicts = here.ask(model, task)
