@@ -17,7 +17,7 @@ Scope = Literal["all", "vision", "language"]
 Dtype = Literal["fp32", "fp16", "bf16"]
 TargetName = Literal["onnx", "ort", "trt"]
 HeadRuleName = Literal["ks", "ks-activation", "random", "magnitude", "michel", "taylor", "flap", "wanda-sp"]
-HeadRankingName = Literal["global", "layer"]
+HeadRankingName = Literal["global", "flops", "layer"]
 WeightingName = Literal["loss", "activation", "asvd", "none"]
 AllocationName = Literal["ks", "uniform", "d-rank"]
 CompensationName = Literal["refit", "bias", "none"]
@@ -120,7 +120,7 @@ class Recovery(_Strict):
         description="full: all linear maps of the towers that were cut; lora: low-rank updates of them; auto: lora from 10^9 parameters",
     )
     batch: int = Field(16, ge=1, description="images per step, each with all of its questions")
-    rate: float = Field(1e-3, gt=0, description="largest learning rate")
+    rate: float = Field(3e-4, gt=0, description="largest learning rate")
     temperature: float = Field(2.0, gt=0, description="softens the predictions of both networks")
     answer_weight: float = Field(1.0, ge=0, description="of the cross-entropy on the answers")
     teacher_weight: float = Field(1.0, ge=0, description="of the divergence from the original's predictions")

@@ -100,7 +100,8 @@ def _apart(
             # The same share of attention and feed-forwards, unless even the smallest ranks need more.
             same = (budget - fixed) / (total - fixed)
             allowance, chosen = min(same * attention, budget - fixed - smallest), None
-        kept = keep_share(units, allowance, stay)
+        by_flop = (criterion.head_ranking or HEAD_RULES[criterion.heads].ranking) == "flops"
+        kept = keep_share(units, allowance, stay, by_flop=by_flop)
     left = budget - fixed - sum(u.cost for u in kept)
     check_reachable(list(kept), ranks, budget, fixed, total, chosen)
     if criterion.allocation == "ks":

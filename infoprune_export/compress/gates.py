@@ -84,7 +84,6 @@ def learn_heads_of(
         units,
         target=planned_share(plan, units),
         steps=steps,
-        stats=stats if plan.criterion.compensate == "refit" else None,
         stay=least_units(cut, plan.criterion),
         seed=plan.seed,
         directory=directory,
@@ -101,7 +100,6 @@ def learn_heads(
     *,
     target: float,
     steps: int,
-    stats: Statistics | None = None,
     stay: Mapping[LayerKey, int] | None = None,
     batch: int = 8,
     seed: int = 0,
@@ -118,7 +116,6 @@ def learn_heads(
         units: Every unit of the layers that may be cut, with its score and its FLOPs (see `decide.score_units`).
         target: Share of the units' FLOPs that stays (see `planned_share`).
         steps: Of training.
-        stats: Pass 1, where the output projections will be refitted after removal; None where they will not.
         stay: How many units of a layer stay at least; 1 where a layer is not named.
         batch: Rows per step.
         seed: For the order of the rows and the noise of the gates.
@@ -145,7 +142,7 @@ def learn_heads(
     keys = {u.layer for u in units}
     layers = {(x.tower, x.index): x for x in anatomy.layers() if (x.tower, x.index) in keys}
     units = sorted(units, key=lambda u: (list(layers).index(u.layer), u.group))
-    gates = Gates(model, list(layers.values()), stats)
+    gates = Gates(model, list(layers.values()))
     search = HeadSearch(model, anatomy.head_path, gates, units, rows, target=target, steps=steps, batch=batch, seed=seed)
     try:
         train(search, steps=steps, name="heads", directory=directory, progress=progress, device=search.device, threads=threads, alone=True)

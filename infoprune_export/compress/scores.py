@@ -53,7 +53,7 @@ class HeadRule:
     Attributes:
         score: Of a layer and the evidence; one number per KV group.
         needs: What pass 1 has to gather for it.
-        ranking: How its authors compare units: over the whole model, or within each layer.
+        ranking: How its authors compare units: over the whole model, or within each layer. Ours count mass per FLOP.
     """
 
     score: Callable[[Layer, Evidence], list[float]]
@@ -120,8 +120,8 @@ def _per_unit(layer: Layer, role: str, values: Tensor) -> Tensor:
 
 
 HEAD_RULES: dict[HeadRuleName, HeadRule] = {
-    "ks": HeadRule(_ours(weighted=True), frozenset({"fisher"})),
-    "ks-activation": HeadRule(_ours(weighted=False)),
+    "ks": HeadRule(_ours(weighted=True), frozenset({"fisher"}), ranking="flops"),
+    "ks-activation": HeadRule(_ours(weighted=False), ranking="flops"),
     "random": HeadRule(_random, ranking="layer"),
     "magnitude": HeadRule(_magnitude, ranking="layer"),
     "michel": HeadRule(_michel, frozenset({"gates"})),

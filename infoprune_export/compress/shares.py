@@ -34,17 +34,18 @@ def rank_within_layers(units: list[UnitChoice]) -> list[UnitChoice]:
     return placed
 
 
-def keep_share(units: list[UnitChoice], allowance: float, stay: Mapping[LayerKey, int]) -> set[UnitChoice]:
+def keep_share(units: list[UnitChoice], allowance: float, stay: Mapping[LayerKey, int], *, by_flop: bool = False) -> set[UnitChoice]:
     """The best units that cost no more than an allowance; what must stay stays, even above it.
 
     Args:
         units: Every unit.
         allowance: FLOPs.
         stay: How many units of a layer stay at least; 1 where a layer is not named.
+        by_flop: Whether the best are those with the highest score per FLOP, and not the highest score.
     """
     kept = set(best_units(units, stay))
     spent = sum(u.cost for u in kept)
-    for unit in sorted(units, key=lambda u: (-u.value, u.layer, u.group)):
+    for unit in sorted(units, key=lambda u: (-u.value / (u.cost if by_flop else 1), u.layer, u.group)):
         if unit in kept:
             continue
         if spent + unit.cost > allowance:

@@ -70,7 +70,7 @@ def silence(model, anatomy, dead):
 
 def search_of(model, units, rows=None, cls=HeadSearch, **settings):
     anatomy = find_anatomy(model)
-    gates = Gates(model, list(anatomy.layers()), None)
+    gates = Gates(model, list(anatomy.layers()))
     return cls(model, anatomy.head_path, gates, units, rows or rows_of(), **{"target": 0.6, "steps": 20, "batch": 2, **settings})
 
 
@@ -109,7 +109,7 @@ def test_the_only_informative_head_of_a_layer_survives_where_the_scores_say_noth
     alive = lambda layer: layer.index % layer.attention.kv_groups
     silence(model, anatomy, lambda layer: [g for g in range(layer.attention.kv_groups) if g != alive(layer)])
     units = [replace(u, value=u.cost) for u in units_of(anatomy)]
-    found = learn_heads(model, anatomy, own_answers(model), units, target=0.32, steps=60, batch=4, threads=1)
+    found = learn_heads(model, anatomy, own_answers(model), units, target=0.32, steps=30, batch=2, threads=1)
     assert found.heads == {(x.tower, x.index): [alive(x)] for x in anatomy.layers()}
     assert 0 < found.figures["kept"] <= 0.32
     assert found.figures["swapped"] > 0
@@ -185,14 +185,10 @@ def test_every_share_has_rows_however_many_threads_there_are():
     assert all(torch.isfinite(search.loss(0, Share(i, 5))[0]) for i in range(5))
 
 
-@pytest.mark.parametrize("refitted", [False, True])
-def test_the_same_seed_gives_the_same_gates_interrupted_or_not(tmp_path, refitted):
+def test_the_same_seed_gives_the_same_gates_interrupted_or_not(tmp_path):
     def go(progress=None, directory=None, seed=0, threads=1):
         model = build()
         search = search_of(model, units_of(find_anatomy(model)), steps=6, seed=seed)
-        if refitted:
-            search.gates.close()
-            search.gates = Gates(model, list(find_anatomy(model).layers()), observed(model))
         train(search, steps=6, name="heads", directory=directory, progress=progress, threads=threads, checkpoint_seconds=0)
         return search.log_a.detach()
 

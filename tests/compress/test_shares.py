@@ -83,6 +83,14 @@ def test_a_share_keeps_the_best_units_of_the_whole_model():
     assert {(u.layer[1], u.group) for u in kept} == {(0, 0), (0, 1), (0, 2), (1, 0)}
 
 
+def test_a_share_by_flop_goes_to_what_is_cheap_for_its_score():
+    units = [
+        UnitChoice(("vision", i), g, v, cost) for i, cost, values in ((0, 30, (4, 3)), (1, 10, (2, 1.9))) for g, v in enumerate(values)
+    ]
+    assert {(u.layer[1], u.group) for u in keep_share(units, 50, {})} == {(0, 0), (1, 0)}
+    assert {(u.layer[1], u.group) for u in keep_share(units, 50, {}, by_flop=True)} == {(0, 0), (1, 0), (1, 1)}
+
+
 def test_every_layer_keeps_what_its_floor_says():
     kept = keep_share(_units([[9, 8, 7, 6], [3, 2, 1, 0]]), 40, {("vision", 1): 2})
     assert {(u.layer[1], u.group) for u in kept} == {(0, 0), (0, 1), (1, 0), (1, 1)}

@@ -31,7 +31,7 @@ EMBEDDED = ROOT / "infoprune_export" / "data"
 def small(tmp_path_factory):
     """The data sets with few images, written once."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(make_tiny_data, "CALIBRATION_IMAGES", 6)
+    patch.setattr(make_tiny_data, "TRAINING_IMAGES", dict.fromkeys(("vqa", "text", "gqa"), 6))
     patch.setattr(make_tiny_data, "VALIDATION_IMAGES", 5)
     patch.setattr(make_tiny_data, "TEST_IMAGES", {"vqa": 7, "text": 7, "gqa": 7})
     out = tmp_path_factory.mktemp("data")
@@ -68,7 +68,7 @@ def _pictures(folder: Path) -> dict[str, list[str]]:
 
 
 def test_same_bytes_again(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_tiny_data, "CALIBRATION_IMAGES", 6)
+    monkeypatch.setattr(make_tiny_data, "TRAINING_IMAGES", dict.fromkeys(("vqa", "text", "gqa"), 6))
     monkeypatch.setattr(make_tiny_data, "VALIDATION_IMAGES", 5)
     monkeypatch.setattr(make_tiny_data, "TEST_IMAGES", {"vqa": 7, "text": 7, "gqa": 7})
     make_tiny_data.write(tmp_path)

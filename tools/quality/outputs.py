@@ -79,6 +79,9 @@ def table(results: Results, notes: Sequence[str]) -> str:
     lines += [
         "Accuracy in percent: exact match of greedy answers, mean over the model's tasks, then over seeds;",
         "± is the sample standard deviation over seeds. Budgets are the fraction of the FLOPs kept, scope all.",
+        "The best pair is the one with the highest mean on these very test questions; ± of the difference to it is the",
+        "deviation, over seeds, of ours minus that pair with the same calibration questions. Parameters were chosen on the",
+        "validation split, out of as many candidates for every method: results.json has them all.",
         "",
         *(f"- {note}" for note in notes),
     ]
@@ -92,8 +95,17 @@ def table(results: Results, notes: Sequence[str]) -> str:
             groups = [g for g in results.groups() if g.startswith(f"{setting}.{trained}.") and not g.endswith(".1")]
             groups.sort(key=lambda g: -float(g.rpartition("trained." if trained == "trained" else "free.")[2]))
             if groups:
-                lines += ["", f"### {'With training' if trained == 'trained' else 'Training-free'}", "", *_rows(results, groups)]
+                lines += ["", f"### {_title(results, groups)}", "", *_rows(results, groups)]
     return "\n".join(lines) + "\n"
+
+
+def _title(results: Results, groups: Sequence[str]) -> str:
+    """Whether and how long networks were trained."""
+    task = results.any(groups[0]).task
+    if not task.steps:
+        return "Training-free"
+    images = f"{SETTINGS[task.setting].train_images:,} training images of each task"
+    return f"With training: {task.steps} steps of {SETTINGS[task.setting].recipe.recovery.batch} images, out of {images}"
 
 
 def _rows(results: Results, groups: Sequence[str]) -> list[str]:

@@ -37,6 +37,10 @@ class Results:
     def rows(self, group: str, method: str) -> list[Row]:
         return [row for _, row in sorted(self._seeds.get((group, method), {}).items())]
 
+    def any(self, group: str) -> Row:
+        """Some row of a group."""
+        return next(row for (g, _), seeds in self._seeds.items() if g == group for row in seeds.values())
+
     def original(self, setting: str) -> float | None:
         return self.mean(f"{setting}.free.1", "original")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job
-from quality.methods import METHODS
+from quality.methods import METHODS, ORIGINAL
 from quality.questions import Split
-from quality.rows import Row, Task
+from quality.rows import Row, Task, Versions
 from quality.settings import SETTINGS, SettingName
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ class Bench:
     def __post_init__(self) -> None:
         self.job = SETTINGS[self.setting].job()
         self.model, self.anatomy, self.workload = self.job.original, self.job.anatomy, self.job.workload
+        self._look()
+
+    def _look(self) -> None:
+        """Takes down what was just read from disk, so that no row gets the name of something else."""
+        self.versions = Versions()
+        self.versions.of(self.setting)
 
     def exams(self, split: Split, images: int | None) -> dict[str, Exam]:
         if (split, images) not in self._exams:
@@ -62,6 +68,7 @@ class Bench:
         everything = job.recipe.criterion.model_copy(update={"heads": "ks", "weighting": "asvd", "text_share": text_share})
         found = gather_for(everything, self.model, self.anatomy, job.batches, seed=seed)
         found.task = gather_task(self.model, self.anatomy, job.batches, gates=True, weights=True)
+        self._look()
         return job.batches, found
 
     @cached_property
@@ -103,34 +110,47 @@ def measure(task: Task, key: str) -> Row:
     Args:
         task: Which network and which questions.
         key: Of the row.
+
+    Raises:
+        RuntimeError: the model, the data or the code are not those that the key names.
     """
     row = Row(key, task)
     if task.split is None:
         row.seconds["compress"] = compress_seconds(task)
         return row
     here = bench(task.setting)
-    if task.method == "original":
+    if task.method == ORIGINAL.name:
         model, row.flops = here.model, 1.0
     else:
-        job = here.job_for(task)
-        begin = time.perf_counter()
-        try:
-            plan, model = job.factors(job.decide())
-        except InputError as e:
-            row.failed = str(e)
-            return row
-        row.flops, row.seconds["compress"] = plan.budget.predicted, round(time.perf_counter() - begin, 1)
-        if task.steps:
-            begin = time.perf_counter()
-            job.recover(plan, model)
-            model.eval().requires_grad_(False)
-            row.seconds["train"] = round(time.perf_counter() - begin, 1)
+        model = _make(here, task, row)
+    if here.versions.key_of(task) != key:
+        raise RuntimeError(f"{task}: the model, the data or the code changed while this ran; run it again")
+    if model is None:
+        return row
     begin = time.perf_counter()
     verdicts = here.ask(model, task)
     row.seconds["evaluate"] = round(time.perf_counter() - begin, 1)
     row.accuracy = {name: float(v.mean()) for name, v in verdicts.items()}
     row.n = {name: len(v) for name, v in verdicts.items()}
     return row
+
+
+def _make(here: Bench, task: Task, row: Row) -> nn.Module | None:
+    """A task's network, with what making it took put into its row; None, with the reason, where it cannot be made."""
+    job = here.job_for(task)
+    begin = time.perf_counter()
+    try:
+        plan, model = job.factors(job.decide())
+    except InputError as e:
+        row.failed = str(e)
+        return None
+    row.flops, row.seconds["compress"] = plan.budget.predicted, round(time.perf_counter() - begin, 1)
+    if task.steps:
+        begin = time.perf_counter()
+        job.recover(plan, model)
+        model.eval().requires_grad_(False)
+        row.seconds["train"] = round(time.perf_counter() - begin, 1)
+    return model
 
 
 def compress_seconds(task: Task) -> float:
