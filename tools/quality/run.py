@@ -62,7 +62,10 @@ def run_quick(args: argparse.Namespace) -> int:
             task = replace(task, parameters=known.get(which) or next(METHODS[task.method].candidates(task.budget)))
         tasks.append(task)
     if unknown:
-        notes.append(f"No parameters are recorded for {', '.join(unknown)}: the first candidate is taken.")
+        notes.append(
+            f"No parameters are recorded for {', '.join(unknown)}: the first candidate is taken, "
+            "with which published pairs do worse than tuned ones. Run the benchmark in full for a fair comparison."
+        )
     with Crew(args.workers, args.threads, book, versions) as crew:
         crew.measure("quick", tasks)
     rows = [row for t in tasks if (row := book.get(versions.key_of(t)))]
