@@ -61,7 +61,7 @@ def require_export() -> None:
     """
     from importlib.util import find_spec
 
-    for package in ("torch", "transformers", "onnxscript", "onnx_graphsurgeon", "scipy", "psutil"):
+    for package in ("torch", "transformers", "onnxscript", "onnx_graphsurgeon", "scipy"):
         if find_spec(package) is None:
             raise MissingRequirement(f"compressing and exporting need {package}", mend='pip install "infoprune-export[export]"')
 

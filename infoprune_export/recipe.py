@@ -102,6 +102,9 @@ class Criterion(_Strict):
     text_share: float | None = Field(
         0.8, gt=0, lt=1, description="share of the text tokens in the language model's moments; null: every token counts the same"
     )
+    recalibrate: bool = Field(
+        True, description="make each layer's factors on what the compressed layers before it give, and not on what the original's gave"
+    )
     rank_multiple: int = Field(8, ge=1)
     floors: dict[TowerName, Floor] = Field({}, description="tower to what each of its layers keeps at least")
 

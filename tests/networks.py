@@ -100,3 +100,15 @@ def decoder_feeds(session, prompt: int = 7, past: int = 3):
         elif x.name.startswith("past_key_values."):
             feeds[x.name] = rng.normal(size=(1, x.shape[1], past, x.shape[3])).astype(np.float32)
     return feeds
+
+
+def batches(samples: int = 4, images: bool = True):
+    """Calibration questions for these models, each with an answer of its own; without images, of their text alone."""
+    import numpy as np
+
+    from infoprune_export.compress.calibration import Sample, make_batches
+
+    x = inputs(batch=samples)
+    pixels = x["pixel_values"].numpy()
+    prompts = x["input_ids"].numpy() if images else x["input_ids"].numpy()[:, IMAGE_TOKENS:]
+    return make_batches([Sample(p, np.array([5 + i, 2]), pixels[i : i + 1] if images else None) for i, p in enumerate(prompts)])

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from infoprune_export.compress.allocate import LayerKey, RankChoice, UnitChoice, allocate, best_units, by_layer, check_reachable
-from infoprune_export.compress.lowrank import Observed, spectrum, weighting
+from infoprune_export.compress.lowrank import seen_before, spectrum, weighting
 from infoprune_export.compress.scores import HEAD_RULES, Evidence
 from infoprune_export.compress.shares import d_rank, keep_share, proportional, rank_within_layers, uniform
 from infoprune_export.compress.statistics import Statistics
@@ -145,8 +145,7 @@ def _ranks(
             key, values = site(layer.tower, layer.index, role), np.empty(0)
             if criterion.allocation != "uniform":
                 weight = model.get_submodule(linear.path).weight.double().cpu()
-                seen: Observed = {"asvd": stats.scales, "none": {}}.get(rule, stats.ffn).get(key)
-                values = spectrum(linear, weighting(rule, key, linear, weight, seen, stats)).numpy()
+                values = spectrum(linear, weighting(rule, key, linear, weight, seen_before(rule, key, stats), stats)).numpy()
             ranks.append(
                 RankChoice(
                     (layer.tower, layer.index, role),

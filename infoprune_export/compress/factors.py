@@ -4,23 +4,27 @@ Within a layer: moments of the head outputs with all heads there -> the output p
 ones; heads removed; moments of the feed-forward's input -> gate and up; those put in place; moments of the
 narrowing matrix's output -> down. The hidden states of the calibration batches travel from layer to layer, so
 every layer runs a fixed number of times however deep the model is.
+
+With `criterion.recalibrate: false` the moments are those of pass 1, on the original, and nothing runs again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.heads import fold_mean, refit_output
-from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, weighting
+from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, seen_before, weighting
 from infoprune_export.compress.statistics import Batch, Moments, Statistics, TokenWeights, at_input, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.models.anatomy import Layer, Tower, site
 from infoprune_export.plans import Factors, Plan
+from infoprune_export.recipe import WeightingName
 
 
 @torch.no_grad()
@@ -50,21 +54,21 @@ def make_factors(
         if not todo:
             continue
         tokens = TokenWeights(plan.criterion.text_share, model.config.image_token_id)
-        prefix = _Prefix(model, tower, batches, tokens)
+        source = _Prefix(model, tower, batches, tokens) if plan.criterion.recalibrate else _OneShot(stats)
         for layer in tower.layers[: todo[-1].index + 1]:
             if layer in todo:
-                factors |= _cut_layer(model, layer, plan, prefix, stats)
-            prefix.advance(model.get_submodule(layer.path))
+                factors |= _cut_layer(model, layer, plan, source, stats)
+            source.advance(model.get_submodule(layer.path))
             if progress:
                 progress(f"{layer.tower} {layer.index}")
     return {name: tensor.contiguous().numpy() for name, tensor in sorted(factors.items())}
 
 
-def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, prefix: _Prefix, stats: Statistics) -> dict[str, Tensor]:
+def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _OneShot, stats: Statistics) -> dict[str, Tensor]:
     decision, rule = plan.decision(layer.tower, layer.index), plan.criterion.weighting
     factors: dict[str, Tensor] = {}
     if len(decision.heads) < layer.attention.heads:
-        compensated = _compensate(model, layer, plan, prefix)
+        compensated = _compensate(model, layer, plan, source)
         key, path = site(layer.tower, layer.index, "o"), layer.attention.o.path
         factors |= {f"{key}.{name}": t for name, t in compensated.items()}
         prune_heads(model, layer.attention, decision.heads, decision.kv_groups)
@@ -76,10 +80,7 @@ def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, prefix: _Prefix, stat
         if (rank := decision.ranks[role]) is None:
             continue
         key, module = site(layer.tower, layer.index, role), model.get_submodule(linear.path)
-        if role == "up" and shared is not None:
-            seen = shared
-        elif (seen := nothing_seen(rule, linear)) is not None:
-            prefix.watch(model, layer, linear.path, observer(linear, seen, layer.tower, prefix.tokens))
+        seen = shared if role == "up" and shared is not None else source.feed_forward(model, layer, role, rule)
         if role == "gate" and at_input(linear, seen):
             shared = seen  # up reads the same input: the layer need not run again
         weight, bias = _on_cpu(module)
@@ -95,18 +96,32 @@ def _on_cpu(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return module.weight.cpu(), None if module.bias is None else module.bias.cpu()
 
 
-def _compensate(model: nn.Module, layer: Layer, plan: Plan, prefix: _Prefix) -> dict[str, Tensor]:
+def _compensate(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _OneShot) -> dict[str, Tensor]:
     """What the output projection becomes when heads go; nothing where it is only sliced."""
     if plan.criterion.compensate == "none":
         return {}
-    o = layer.attention.o
-    weight, bias = _on_cpu(model.get_submodule(o.path))
+    weight, bias = _on_cpu(model.get_submodule(layer.attention.o.path))
     kept = head_rows(layer.attention, plan.decision(layer.tower, layer.index).heads)
-    moments = Moments.zeros(o.d_in)
-    prefix.watch(model, layer, o.path, lambda module, args, y: moments.add(args[0], prefix.tokens.of(layer.tower)))
+    moments = source.attention(model, layer)
     if plan.criterion.compensate == "bias":
         return fold_mean(weight, bias, moments.mean, kept)
     return refit_output(weight, bias, moments.second, moments.mean, kept)
+
+
+@dataclass(frozen=True)
+class _OneShot:
+    """What pass 1 saw of the original."""
+
+    stats: Statistics
+
+    def attention(self, model: nn.Module, layer: Layer) -> Moments:
+        return self.stats.attention[site(layer.tower, layer.index, "o")]
+
+    def feed_forward(self, model: nn.Module, layer: Layer, role: str, rule: WeightingName) -> Observed:
+        return seen_before(rule, site(layer.tower, layer.index, role), self.stats)
+
+    def advance(self, layer: nn.Module) -> None:
+        pass
 
 
 class _Prefix:
@@ -133,11 +148,24 @@ class _Prefix:
         self.calls.append((hidden.detach(), args[1:], kwargs))
         raise _Captured
 
+    def attention(self, model: nn.Module, layer: Layer) -> Moments:
+        """Moments of a layer's head outputs, which are its output projection's inputs."""
+        o, moments = layer.attention.o, Moments.zeros(layer.attention.o.d_in)
+        self._watch(model, layer, o.path, lambda module, args, y: moments.add(args[0], self.tokens.of(layer.tower)))
+        return moments
+
+    def feed_forward(self, model: nn.Module, layer: Layer, role: str, rule: WeightingName) -> Observed:
+        """What a rule has to see of one feed-forward matrix."""
+        linear = layer.ffn.matrices[role]
+        if (seen := nothing_seen(rule, linear)) is not None:
+            self._watch(model, layer, linear.path, observer(linear, seen, layer.tower, self.tokens))
+        return seen
+
     def advance(self, layer: nn.Module) -> None:
         """Passes the hidden states through a layer."""
         self.calls = [(_hidden(layer(x, *args, **kwargs)), args, kwargs) for x, args, kwargs in self.calls]
 
-    def watch(self, model: nn.Module, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
+    def _watch(self, model: nn.Module, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
         """Runs a layer as far as one map inside it, with a forward hook there."""
 
         def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -75,6 +75,11 @@ def nothing_seen(rule: WeightingName, linear: Linear) -> Observed:
     return InputScale.zeros(linear.d_in) if rule == "asvd" else Moments.zeros(min(linear.d_in, linear.d_out))
 
 
+def seen_before(rule: WeightingName, key: str, stats: Statistics) -> Observed:
+    """What pass 1 has for a rule of the map at a site; None where it was not asked for."""
+    return {"asvd": stats.scales, "none": {}}.get(rule, stats.ffn).get(key)
+
+
 def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, seen: Observed, stats: Statistics) -> Weighting:
     """Puts together the weights of one map.
 

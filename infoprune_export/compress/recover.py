@@ -24,6 +24,7 @@ from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.compress.packing import IGNORE, Row, pack
 from infoprune_export.compress.training import Share, Validation, train
 from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.memory import memory
 from infoprune_export.models.anatomy import Anatomy
 from infoprune_export.plans import Plan, TrainingRecord
 from infoprune_export.progress import Progress
@@ -92,9 +93,7 @@ def recover(
 
 def _spare_memory() -> int:
     """Bytes for the original's answers: a quarter of what is free."""
-    import psutil
-
-    return psutil.virtual_memory().available // 4
+    return memory().available // 4
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Validation:
     """How the best state is found; without it the last one is kept.
 
     Attributes:
-        score: The larger, the better; called between steps.
+        score: The larger, the better; called before the first step and between steps.
         every: Steps between two looks.
         patience: Looks without a better score after which training ends early; never when None.
     """
@@ -149,6 +149,8 @@ def train(
     saved = time.monotonic()
     with (progress or Silent()).bar(name, steps) as advance, loop:
         advance(loop.state.step)
+        if validation and not loop.state.step:
+            loop.look(validation)  # training that only harms leaves the state as it was
         while loop.state.step < steps:
             advance(1, loop.step())
             if validation and (loop.state.step % validation.every == 0 or loop.state.step == steps) and loop.look(validation):

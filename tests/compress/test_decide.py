@@ -5,9 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from networks import build, inputs
+from networks import batches, build, inputs
 
-from infoprune_export.compress.calibration import Sample, make_batches
 from infoprune_export.compress.decide import decide
 from infoprune_export.compress.evidence import gather_for, gather_task
 from infoprune_export.compress.factors import make_factors
@@ -32,13 +31,6 @@ PUBLISHED = {
     "flap": {"heads": "flap", "weighting": "activation", "allocation": "uniform", "compensate": "bias"},
     "wanda-sp": {"heads": "wanda-sp", "weighting": "activation", "allocation": "d-rank", "compensate": "none"},
 }
-
-
-def batches(samples=4, images=True):
-    x = inputs(batch=samples)
-    pixels = x["pixel_values"].numpy()
-    prompts = x["input_ids"].numpy() if images else x["input_ids"].numpy()[:, 16:]
-    return make_batches([Sample(p, np.array([5 + i, 2]), pixels[i : i + 1] if images else None) for i, p in enumerate(prompts)])
 
 
 def everything_of(network, data):

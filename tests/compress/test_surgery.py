@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from networks import LANGUAGE, VISION, build, inputs
+from networks import LANGUAGE, VISION, batches, build, inputs
 
-from infoprune_export.compress.calibration import Sample, make_batches
 from infoprune_export.compress.decide import decide, keep_everything
 from infoprune_export.compress.factors import make_factors
 from infoprune_export.compress.lowrank import LowRankLinear
@@ -21,14 +20,6 @@ SOURCE = Source(id="random", sha256="0" * 64)
 
 def whole_plan(model):
     return keep_everything(find_anatomy(model), source=SOURCE, criterion=Criterion(), workload=WORKLOAD, scope="all")
-
-
-def batches(answer=(5, 2)):
-    import numpy as np
-
-    x = inputs(batch=6)
-    pixels = x["pixel_values"].numpy()
-    return make_batches([Sample(ids.numpy(), np.array(answer), pixels[i : i + 1]) for i, ids in enumerate(x["input_ids"])])
 
 
 def logits(model, x):

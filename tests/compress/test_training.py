@@ -126,7 +126,7 @@ def test_gradients_are_clipped_group_by_group(monkeypatch):
 
 
 def test_the_best_state_is_kept_and_patience_ends_training(tmp_path):
-    objective, scores = Regression(), iter([0.1, 0.9, 0.5, 0.4, 0.8])
+    objective, scores = Regression(), iter([0.0, 0.1, 0.9, 0.5, 0.4, 0.8])
     states = []
 
     def score():
@@ -134,8 +134,15 @@ def test_the_best_state_is_kept_and_patience_ends_training(tmp_path):
         return next(scores)
 
     train(objective, steps=50, threads=1, validation=Validation(score, every=10, patience=2))
-    assert len(states) == 4
-    assert torch.equal(objective.weights.detach(), states[1])
+    assert len(states) == 5
+    assert torch.equal(objective.weights.detach(), states[2])
+
+
+def test_training_that_only_harms_leaves_the_state_as_it_was():
+    objective, scores = Regression(), iter([0.9, 0.5, 0.1])
+    before = objective.weights.detach().clone()
+    train(objective, steps=2, threads=1, validation=Validation(lambda: next(scores), every=1))
+    assert torch.equal(objective.weights.detach(), before)
 
 
 @pytest.mark.slow

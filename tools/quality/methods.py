@@ -112,6 +112,7 @@ ABLATIONS = (
     _ablation(allocation="d-rank"),
     _ablation(compensate="none"),
     _ablation(compensate="bias"),
+    _ablation(recalibrate=False),
 )
 """Each against `OURS`, which has the criterion's defaults."""
 
