@@ -40,8 +40,10 @@ def plan(
     scope: Scope | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
+    train_steps: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Decides what to keep of a model and makes the factors that go with it.
@@ -52,8 +54,10 @@ def plan(
         scope: What the fraction is of, and what may be cut.
         calibration: Directory or file in an official format; the recipe's data when None.
         samples: Calibration questions.
+        train_steps: Steps in which the smaller network learns from the original again; the recipe's when None.
         seed: For drawing questions and labels.
         threads: CPU threads.
+        device: Where PyTorch runs, such as `cuda:1`; the best present when None.
         progress: Told about the work.
 
     Returns:
@@ -63,10 +67,14 @@ def plan(
         InfoPruneError: see its subclasses.
     """
     require_export()
-    recipe = resolve(str(model), {"flops": flops, "scope": scope, "calibration": calibration and Path(calibration), "samples": samples})
-    job = Job(recipe, Options(out=Path(), seed=seed, threads=threads), progress)
-    decided, _ = job.factors(job.decide())
-    return decided
+    given = {
+        "flops": flops,
+        "scope": scope,
+        "calibration": calibration and Path(calibration),
+        "samples": samples,
+        "train_steps": train_steps,
+    }
+    return Job(resolve(str(model), given), Options(out=Path(), seed=seed, threads=threads, device=device), progress).plan()
 
 
 def apply(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> PreTrainedModel:

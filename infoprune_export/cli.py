@@ -48,6 +48,21 @@ class _Archs(click.ParamType):
         return value if isinstance(value, list) else [x.strip().lower() for x in value.split(",") if x.strip()]
 
 
+class _PlanFile(click.Path):
+    """A plan's file, named by itself or by the directory that `plan` wrote, or a bundle."""
+
+    name = "PLAN"
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, exists=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = super().convert(value, param, ctx)
+        if path.is_dir() and not (path / "plan.json").is_file():
+            self.fail(f"{path} holds no plan.json", param, ctx)
+        return path / "plan.json" if path.is_dir() else path
+
+
 def _options(*names: str) -> Callable:
     """Adds shared options by name, so that each is declared once."""
 
@@ -97,9 +112,7 @@ SHARED: dict[str, Callable] = {
     "device": click.option(
         "--device", metavar="NAME", help="Where statistics, factors and training run: cpu, cuda, cuda:1.  [default: best present]"
     ),
-    "plan": click.option(
-        "--plan", "plan_file", type=click.Path(path_type=Path, exists=True), help="Apply this plan instead of making one."
-    ),
+    "plan": click.option("--plan", "plan_file", type=_PlanFile(), help="Apply this plan (file or directory) instead of making one."),
     "dry_run": click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     "original": click.option(
         "--original/--no-original", default=None, help="Keep the original's graphs in the bundle.  [default: while under 2 GB]"
@@ -165,7 +178,7 @@ def plan(model: str, as_json: bool, **given: Any) -> None:
 
 
 @cli.command()
-@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path, exists=True))
+@click.argument("plan_file", metavar="PLAN", type=_PlanFile())
 @click.option(
     "--to", "to", required=True, metavar="MODEL|BUNDLE", help="The original model, or a bundle that holds its graphs (needs no PyTorch)."
 )

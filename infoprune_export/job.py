@@ -32,7 +32,7 @@ class Options:
 
     Attributes:
         out: The bundle's directory.
-        plan: A plan to apply instead of deciding one.
+        plan: File of a plan to apply instead of deciding one, its factors beside it.
         original: Keep the original's graphs in the bundle; decided by size when None.
         resume: Go on after the last finished stage of an earlier run.
         seed: For sampling questions and labels.
@@ -338,6 +338,11 @@ class Job:
         plan.factors = factors
         return plan, self.original
 
+    def plan(self) -> Plan:
+        """The plan with its factors, trained where the recipe says so."""
+        plan, model = self.factors(self.decide())
+        return self.recover(plan, model) if self.recipe.train_steps else plan
+
     def recover(self, plan: Plan, model: nn.Module) -> Plan:
         """Trains the smaller model, in place, on the original's answers; gives the plan with what it learned as factors."""
         from infoprune_export.compress.recover import recover
@@ -367,8 +372,6 @@ class Job:
 
 def read_plan_for(path: Path, sha256: str) -> Plan:
     """A plan, checked against the model it is to be applied to."""
-    if path.is_dir():
-        path = path / "plan.json"
     plan = Plan.read(path)
     if plan.source.sha256 != sha256:
         raise InputError(

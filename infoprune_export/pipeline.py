@@ -231,10 +231,7 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     out = options.out
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
-    job = Job(recipe, options, progress)
-    plan, model = job.factors(job.decide())
-    if recipe.train_steps:
-        plan = job.recover(plan, model)
+    plan = Job(recipe, options, progress).plan()
     plan.save(out)
     return plan
 
@@ -305,7 +302,7 @@ def _check_targets(recipe: Recipe, options: Options) -> None:
 def _run_key(job: Job, keep_original: bool) -> str:
     """Names everything that the result depends on."""
     o = job.options
-    plan = hashlib.sha256(o.plan.read_bytes()).hexdigest() if o.plan and o.plan.is_file() else None
+    plan = hashlib.sha256(o.plan.read_bytes()).hexdigest() if o.plan else None
     inputs = {
         "source": job.checkpoint.source.sha256,
         "recipe": job.recipe.model_dump(mode="json"),

@@ -10,8 +10,8 @@ def test_plan_apply_export_validate_load(small_model, tmp_path):
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    plan = ip.plan(small_model, flops=0.7, samples=12)
-    assert "0.7 asked" in str(plan)
+    plan = ip.plan(small_model, flops=0.7, samples=12, train_steps=2, device="cpu")
+    assert "0.7 asked" in str(plan) and plan.training.steps == 2
     plan.save(tmp_path / "plan")
     model = LlavaForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32)
     before = sum(p.numel() for p in model.parameters())

@@ -110,7 +110,7 @@ def test_both_routes_of_apply_give_the_same_network(run, bundle, small_model, tm
     from networks import decoder_feeds
 
     run("apply", bundle / "plan.json", "--to", bundle, "--out", tmp_path / "graphs")
-    run("apply", bundle / "plan.json", "--to", small_model, "--out", tmp_path / "weights")
+    run("apply", bundle, "--to", small_model, "--out", tmp_path / "weights")  # a plan may be named by its directory
     weights = "model/model.safetensors"
     assert (tmp_path / "weights" / weights).read_bytes() == (bundle / weights).read_bytes()
     outputs = []
@@ -198,6 +198,11 @@ def test_a_plan_for_another_model(run, bundle, tmp_path):
     message = run("apply", bundle / "plan.json", "--to", "tiny-llava", "--out", tmp_path / "out", code=2).stderr
     assert "was made for another model" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_without_a_plan(run, small_model, tmp_path):
+    for given in (("apply", tmp_path, "--to", small_model), (small_model, "--plan", tmp_path)):
+        assert "holds no plan.json" in run(*given, "--out", tmp_path / "out", code=2).stderr
 
 
 def test_a_plan_for_layers_that_do_not_exist(run, bundle, small_model, tmp_path):
