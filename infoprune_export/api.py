@@ -74,7 +74,7 @@ def plan(
         "samples": samples,
         "train_steps": train_steps,
     }
-    return Job(resolve(str(model), given), Options(out=Path(), seed=seed, threads=threads, device=device), progress).plan()
+    return Job(resolve(str(model), given), Options(out=Path(), seed=seed, threads=threads, device=device), progress).make_plan()
 
 
 def apply(model: PreTrainedModel, plan: Plan, *, inplace: bool = False) -> PreTrainedModel:

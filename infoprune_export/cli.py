@@ -107,7 +107,8 @@ SHARED: dict[str, Callable] = {
     "train_steps": click.option(
         "--train-steps",
         type=click.IntRange(min=0),
-        help="Steps of training after compression, on the calibration data; 0 for none.  [default: the recipe's, else 0]",
+        help="Steps of training after compression, on the recipe's training data, else on the calibration data; 0 for none.  "
+        "[default: the recipe's, else 0]",
     ),
     "device": click.option(
         "--device", metavar="NAME", help="Where statistics, factors and training run: cpu, cuda, cuda:1.  [default: best present]"
@@ -409,6 +410,8 @@ def main(args: list[str] | None = None) -> None:
     except MemoryError:
         _fail("out of memory\nuse a machine with more memory, or fewer --samples", 4, verbosity)
     except Exception as e:
+        if type(e).__name__ == "OutOfMemoryError":  # PyTorch's, which this module does not import
+            _fail("out of memory on the GPU\nuse --device cpu, or a GPU with more memory", 4, verbosity)
         _fail(
             f"internal error, {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}\nrun again with -vv and report what it prints",
             70,

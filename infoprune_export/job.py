@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.launched import processes
 from infoprune_export.plans import Plan, read_factors
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
@@ -148,9 +149,10 @@ class Job:
         return find_anatomy(self.original)
 
     def adopt(self, plan: Plan) -> Plan:
-        """Goes on with a plan that was made; the original, used up or not needed any more, is let go."""
+        """Goes on with a plan that was made; what was needed to make it is let go."""
         self.__dict__ |= {"anatomy": plan.anatomy, "workload": plan.workload}
-        self.__dict__.pop("original", None)
+        for used in ("original", "statistics", "batches", "training_rows"):
+            self.__dict__.pop(used, None)
         return plan
 
     @cached_property
@@ -192,13 +194,13 @@ class Job:
         from infoprune_export.data.vqa import fingerprint
 
         recipe = self.recipe
-        used = [*recipe.evaluation.values()]
-        if recipe.flops < 1 or recipe.train_steps:
-            used += [*recipe.calibration, *recipe.training, *recipe.validation]
+        used = [*recipe.evaluation.values(), *recipe.calibration]
+        if recipe.train_steps:
+            used += [*recipe.training, *recipe.validation]
         sources = self.resolved(dict(enumerate(used))).values()
         for s in sources:
             self._check_prepared(s)
-        return [fingerprint(s.path) for s in sources]
+        return [fingerprint(s.path, s.split) for s in sources]
 
     def _check_prepared(self, source: DataSource) -> None:
         """Tells how to get data that are not there yet, where the recipe knows."""
@@ -288,25 +290,29 @@ class Job:
         if recipe.flops == 1:
             return keep_everything(self.anatomy, **common)
         plan = decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
-        if not self.head_steps:
+        steps = round(recipe.recovery.head_share * recipe.train_steps)
+        if not steps:
             return plan
         from infoprune_export.compress.gates import learn_heads_of
+        from infoprune_export.compress.recover import record_of
 
         learned = learn_heads_of(
             plan,
             self.original,
             self.statistics,
             self.training_rows,
-            steps=self.head_steps,
+            steps=steps,
             directory=self.scratch,
             progress=self.progress,
         )
-        return decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, heads=learned.heads, **common)
+        plan = decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, heads=learned.heads, **common)
+        if learned.steps:
+            plan.training = record_of(self.training_rows, self._training_names()).model_copy(update={"head_steps": learned.steps})
+        return plan
 
-    @property
-    def head_steps(self) -> int:
-        """Steps of training that learn which heads go; the others are for recovery."""
-        return round(self.recipe.recovery.head_share * self.recipe.train_steps)
+    def _training_names(self) -> list[str]:
+        sources = self.recipe.training or self.recipe.calibration
+        return [s.path if s.path.startswith("tiny:") else Path(s.path).name for s in sources]
 
     @cached_property
     def training_rows(self) -> list[Row]:
@@ -322,7 +328,7 @@ class Job:
         from infoprune_export.compress.factors import make_factors
         from infoprune_export.compress.surgery import apply_plan
 
-        if plan.training and not plan.factors_sha256:
+        if self.options.plan and plan.training and plan.training.steps and not plan.factors_sha256:
             self.progress.note(f"the plan's factors were trained ({plan.training.steps} steps) and are not here: making training-free ones")
             plan = plan.model_copy(update={"training": None})
         if self.options.plan and plan.factors_sha256:
@@ -338,8 +344,27 @@ class Job:
         plan.factors = factors
         return plan, self.original
 
-    def plan(self) -> Plan:
+    def check_training(self) -> None:
+        """Refuses early what training will ask for and this machine lacks.
+
+        Raises:
+            MissingRequirement: with the install line.
+        """
+        from importlib.util import find_spec
+
+        if not self.recipe.train_steps:
+            return
+        needed = {
+            "accelerate": self.device.type != "cpu" or processes() > 1,
+            "peft": self.recipe.recovery.by_lora(self.checkpoint.parameters),
+        }
+        for package, used in needed.items():
+            if used and find_spec(package) is None:
+                raise MissingRequirement(f"this training needs {package}", mend='pip install "infoprune-export[train]"')
+
+    def make_plan(self) -> Plan:
         """The plan with its factors, trained where the recipe says so."""
+        self.check_training()
         plan, model = self.factors(self.decide())
         return self.recover(plan, model) if self.recipe.train_steps else plan
 
@@ -351,23 +376,20 @@ class Job:
         if plan.is_identity:
             self.progress.note("nothing was removed, so there is nothing to train")
             return plan
-        sources = recipe.training or recipe.calibration
         original = self.fresh_original()
-        trained = recover(
+        return recover(
             model,
             original,
             plan,
             self.training_rows,
             recipe.recovery,
-            steps=recipe.train_steps - self.head_steps,
-            data=[s.path if s.path.startswith("tiny:") else Path(s.path).name for s in sources],
+            steps=recipe.train_steps - (plan.training.head_steps if plan.training and not self.options.plan else 0),
+            data=self._training_names(),
             validation=self.rows(recipe.validation) if recipe.validation else None,
             directory=self.scratch,
             progress=self.progress,
             seed=self.options.seed,
         )
-        trained.training.head_steps = self.head_steps
-        return trained
 
 
 def read_plan_for(path: Path, sha256: str) -> Plan:

@@ -18,7 +18,7 @@ from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
-from infoprune_export.launched import announce, wait
+from infoprune_export.launched import announce, is_first, wait
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
@@ -56,7 +56,9 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     check_output(options.out)
     job = Job(recipe, options, progress)
     if recipe.flops < TRAINING_ADVISED and not recipe.train_steps and not options.plan:
-        job.progress.note(f"keeping {recipe.flops:g} of the FLOPs without training costs accuracy; --train-steps 400 wins most of it back")
+        job.progress.note(
+            f"keeping {recipe.flops:g} of the FLOPs without training costs accuracy; --train-steps 400 can win much of it back"
+        )
     return run(job)
 
 
@@ -66,6 +68,7 @@ def run(job: Job) -> tuple[Bundle, Report]:
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
     _check_targets(recipe, options)
+    job.check_training()
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     weights = sum(p.stat().st_size for p in _weight_files(job))
@@ -231,8 +234,9 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     out = options.out
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
-    plan = Job(recipe, options, progress).plan()
-    plan.save(out)
+    plan = Job(recipe, options, progress).make_plan()
+    if is_first():  # the processes of a launch all come to the same plan
+        plan.save(out)
     return plan
 
 

@@ -72,13 +72,22 @@ class TrainingRecord(_Strict):
 
     head_steps: int = Field(0, description="steps that learned which heads go; 0 where the scores said it")
     steps: int = Field(description="steps of recovery")
+    rate: float | None = Field(None, description="largest learning rate of recovery")
+    kept: int | None = Field(None, description="step whose state answered most validation questions, and was kept; null: the last")
     data: list[str] = Field(description="names of the data sets")
     images: int
     questions: int
 
     def __str__(self) -> str:
-        heads = f"{self.head_steps} steps for the choice of heads, then " if self.head_steps else ""
-        return f"{heads}{self.steps} steps on {self.images} images with {self.questions} questions of {', '.join(self.data)}"
+        heads = f"{counted(self.head_steps, 'step')} for the choice of heads, then " if self.head_steps else ""
+        seen = f"{counted(self.images, 'image')} with {counted(self.questions, 'question')}{' of ' * bool(self.data)}{', '.join(self.data)}"
+        kept = f"; kept as it was after step {self.kept}" if self.kept not in (None, self.steps) else ""
+        return f"{heads}{counted(self.steps, 'step')} on {seen}{kept}"
+
+
+def counted(n: int, what: str) -> str:
+    """`1 image`, `2,000 images`."""
+    return f"{n:,} {what}{'s' * (n != 1)}"
 
 
 class Plan(_Strict):

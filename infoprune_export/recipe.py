@@ -115,6 +115,10 @@ class Criterion(_Strict):
         return same_units and self.allocation == "ks" and self.head_ranking != "layer"
 
 
+LORA_FROM = 10**9
+"""Parameters of the original above which `recovery.method: auto` trains low-rank updates instead of whole matrices."""
+
+
 class Recovery(_Strict):
     """How the compressed network is trained (see docs/method.md); it has no effect while `train_steps` is 0."""
 
@@ -123,7 +127,9 @@ class Recovery(_Strict):
         description="full: all linear maps of the towers that were cut; lora: low-rank updates of them; auto: lora from 10^9 parameters",
     )
     batch: int = Field(16, ge=1, description="images per step, each with all of its questions")
-    rate: float = Field(3e-4, gt=0, description="largest learning rate")
+    rate: float | None = Field(
+        None, gt=0, description="largest learning rate; absent: five times that of the first step that lowers the loss most"
+    )
     temperature: float = Field(2.0, gt=0, description="softens the predictions of both networks")
     answer_weight: float = Field(1.0, ge=0, description="of the cross-entropy on the answers")
     teacher_weight: float = Field(1.0, ge=0, description="of the divergence from the original's predictions")
@@ -131,6 +137,10 @@ class Recovery(_Strict):
     hidden_every: int = Field(2, ge=0, description="layers from one compared hidden state to the next; 0 compares none")
     head_share: float = Field(0.0, ge=0, lt=1, description="share of the steps that learns which heads go; 0 goes by the scores")
     lora_rank: int = Field(32, ge=1, description="rank of the updates with lora")
+
+    def by_lora(self, parameters: int) -> bool:
+        """Whether a network with an original of so many parameters is trained by low-rank updates."""
+        return parameters > LORA_FROM if self.method == "auto" else self.method == "lora"
 
 
 class Recipe(_Strict):

@@ -43,8 +43,10 @@ def trained(tmp_path_factory, run, recipe) -> Path:
 
 def test_plan_card_and_inspect_say_how_it_was_trained(run, trained):
     training = Plan.load(trained).training
-    said = f"{HEAD_STEPS} steps for the choice of heads, then {STEPS} steps on {training.images} images with {training.questions} questions"
-    said += " of tiny:vqa, tiny:textvqa"
+    said = str(training)
+    assert said.startswith(f"{HEAD_STEPS} steps for the choice of heads, then {STEPS} steps on {training.images} images with ")
+    assert " questions of tiny:vqa, tiny:textvqa" in said
+    assert training.rate > 0 and training.kept in range(STEPS + 1)
     assert f"| training | {said} |" in (trained / "README.md").read_text()
     assert f"trained: {said}" in " ".join(run("inspect", trained / "plan.json").stdout.split())
     assert (training.head_steps, training.steps) == (HEAD_STEPS, STEPS)

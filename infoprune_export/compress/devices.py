@@ -17,10 +17,11 @@ def find_device(name: str | None = None) -> torch.device:
         MissingRequirement: this machine has no such device.
     """
     if name is None:
-        # `accelerate launch` numbers the processes of a machine; each takes the device of its number.
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # `accelerate launch` numbers the processes of a machine; each takes the device of its number.
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
     except RuntimeError:
         raise InputError(f"there is no device {name!r}", where="--device", mend="name cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
@@ -29,7 +30,7 @@ def find_device(name: str | None = None) -> torch.device:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:
             raise MissingRequirement(
-                f"--device {name}: PyTorch sees {found or 'no'} NVIDIA GPU{'s' * (found != 1)} here",
+                f"--device {device}: PyTorch sees {found or 'no'} NVIDIA GPU{'s' * (found != 1)} here",
                 mend="use --device cpu, or install a PyTorch with CUDA and its driver",
             )
     return device

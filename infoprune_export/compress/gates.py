@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from infoprune_export.compress.allocate import LayerKey, UnitChoice, allocate, by_layer
 from infoprune_export.compress.concrete import Gates, draw, open_probability, settled
 from infoprune_export.compress.decide import least_units, score_units
+from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
 from infoprune_export.compress.recover import Taps, divergence, to
 from infoprune_export.compress.statistics import Statistics
@@ -51,12 +52,14 @@ class Learned:
 
     Attributes:
         heads: (tower, layer) to the KV groups that stay, ascending; every layer that has gates.
+        steps: Of training; 0 where no heads have to go.
         figures: `target`, `kept` and `expected` are shares of the units' FLOPs: wanted, after the gates were made
             binary, and before; `undecided` counts gates that were neither open nor closed by then, `swapped` the
             units that would have gone by their scores and stay.
     """
 
     heads: dict[LayerKey, list[int]]
+    steps: int
     figures: dict[str, float]
 
 
@@ -136,15 +139,15 @@ def learn_heads(
     allowance = round(target * total)
     if total <= allowance:
         progress.note("no heads have to go: nothing for gates to learn")
-        return Learned(by_layer(set(units)), {"target": target, "kept": 1.0, "expected": 1.0, "undecided": 0, "swapped": 0})
+        return Learned(by_layer(set(units)), 0, {"target": target, "kept": 1.0, "expected": 1.0, "undecided": 0, "swapped": 0})
     if not rows:
         raise InputError("no training data", mend="name some with --calibration PATH, or training in the recipe")
     keys = {u.layer for u in units}
     layers = {(x.tower, x.index): x for x in anatomy.layers() if (x.tower, x.index) in keys}
     units = sorted(units, key=lambda u: (list(layers).index(u.layer), u.group))
     gates = Gates(model, list(layers.values()))
-    search = HeadSearch(model, anatomy.head_path, gates, units, rows, target=target, steps=steps, batch=batch, seed=seed)
     try:
+        search = HeadSearch(model, anatomy.head_path, gates, units, rows, target=target, steps=steps, batch=batch, seed=seed)
         train(search, steps=steps, name="heads", directory=directory, progress=progress, device=search.device, threads=threads, alone=True)
     finally:
         gates.close()
@@ -159,7 +162,11 @@ def learn_heads(
         "undecided": int(((z > 0) & (z < 1)).sum()),
         "swapped": sum(len(set(groups) - set(by_score.units[layer])) for layer, groups in kept.units.items()),
     }
-    return Learned(kept.units, figures)
+    progress.note(
+        f"heads learned in {steps} steps: {figures['kept']:.2f} of the attention's FLOPs stay, "
+        f"{figures['swapped']} head groups are not those that the scores would keep"
+    )
+    return Learned(kept.units, steps, figures)
 
 
 def planned_share(plan: Plan, units: Sequence[UnitChoice]) -> float:
@@ -206,7 +213,7 @@ class HeadSearch:
         self.log_a = initial_log_a(units, self.start).to(self.device).requires_grad_()
         self.multipliers = torch.tensor([0.0, DAMPING], device=self.device, requires_grad=True)
         self.rate = TRAVEL / steps
-        self.taught: dict[int, Tensor] = {}
+        self.taught = Remembered(self._open, lambda logits: (logits,))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # With betas 0 and a large eps AdamW is plain ascent: l1 moves in proportion to the excess.
@@ -239,7 +246,7 @@ class HeadSearch:
             with self.gates.set(draw(self.log_a, u.to(self.device))):
                 logits.append(self._answers(packed))
             targets.append(packed.targets[packed.targets != IGNORE])
-            taught += [self._open(i) for i in own]
+            taught += [self.taught[i] for i in own]
         answers = torch.cat(logits)
         agreement = divergence(answers, torch.cat(taught).to(self.device), 1.0)
         task = F.cross_entropy(answers, torch.cat(targets).to(self.device)) + agreement
@@ -261,10 +268,8 @@ class HeadSearch:
 
     @torch.no_grad()
     def _open(self, row: int) -> Tensor:
-        """What the network with all gates open answers to a row; remembered, because it does not change."""
-        if row not in self.taught:
-            self.taught[row] = self._answers(pack([self.rows[row]])).cpu()
-        return self.taught[row]
+        """What the network with all gates open answers to a row."""
+        return self._answers(pack([self.rows[row]])).cpu()
 
     def _answers(self, packed: Packed) -> Tensor:
         """Logits at the positions with a target, shape [targets, vocabulary] float32."""

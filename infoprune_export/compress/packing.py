@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,10 +42,6 @@ class Row:
     targets: np.ndarray
     answered: bool
     pixels: Callable[[], np.ndarray] | None
-
-    @cached_property
-    def pixel_values(self) -> np.ndarray | None:
-        return self.pixels() if self.pixels else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def make_rows(
         cut = window is not None and max(len(prompt) + len(answer) for prompt, answer in questions) > window
         prefix = None if cut or len(questions) == 1 else _common(questions, image_token)
         if prefix is None:
-            rows += [_row(pixels, _behind_image(prompt, image_token), [(prompt, answer)]) for prompt, answer in questions]
+            rows += [_row(pixels, _behind_image(prompt, image_token, answer), [(prompt, answer)]) for prompt, answer in questions]
             continue
         group: list[Tokens] = []
         length = 0
@@ -117,7 +112,7 @@ def pack(rows: Sequence[Row], pad: int = 0) -> Packed:
         seen &= real[:, None, :] & np.tri(longest, dtype=bool)
         seen |= np.eye(longest, dtype=bool)
         inputs |= {"attention_mask": torch.from_numpy(seen[:, None]), "position_ids": torch.from_numpy(positions)}
-    pictures = [r.pixel_values for r in rows if r.pixels]
+    pictures = [r.pixels() for r in rows if r.pixels]
     if pictures:
         inputs["pixel_values"] = torch.from_numpy(np.concatenate(pictures))
     return Packed(inputs, torch.from_numpy(targets), torch.from_numpy(owners), torch.from_numpy(real))
@@ -133,10 +128,14 @@ def _common(questions: Sequence[Tokens], image_token: int | None) -> int | None:
     return None if behind or length == 0 else length
 
 
-def _behind_image(prompt: np.ndarray, image_token: int | None) -> int:
-    """First position behind the last image token; 1 where there is none, because nothing predicts the first token."""
+def _behind_image(prompt: np.ndarray, image_token: int | None, answer: Sequence[int] | np.ndarray = ()) -> int:
+    """First position behind the last image token; 1 where there is none, because nothing predicts the first token.
+
+    Before an answer the prompt's last token is left to the question even if it is an image token: it predicts the answer.
+    """
     found = np.flatnonzero(prompt == image_token) if image_token is not None else ()
-    return int(found[-1]) + 1 if len(found) else 1
+    behind = int(found[-1]) + 1 if len(found) else 1
+    return min(behind, len(prompt) - 1) if len(answer) else behind
 
 
 def _row(pixels: Callable[[], np.ndarray] | None, prefix: int, questions: Sequence[Tokens]) -> Row:

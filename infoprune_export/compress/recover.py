@@ -20,18 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.compress.packing import IGNORE, Row, pack
 from infoprune_export.compress.training import Share, Validation, train
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.memory import memory
 from infoprune_export.models.anatomy import Anatomy
 from infoprune_export.plans import Plan, TrainingRecord
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recovery
 
-LORA_FROM = 10**9
-"""Parameters of the original above which `method: auto` trains low-rank updates instead of whole matrices."""
 LOOKS = 10
 """How often the validation questions are asked."""
 SORTED_TOGETHER = 8
@@ -76,29 +74,43 @@ def recover(
     """
     if not rows:
         raise InputError("no training data", mend="name some with --calibration PATH, or training in the recipe")
-    objective = Distillation(student, teacher, plan, rows, settings, seed=seed, memory=_spare_memory())
+    objective = Distillation(student, teacher, plan, rows, settings, seed=seed)
     look = None
     if validation:
         score = lambda: float(np.mean([x for row in answers_right(student, plan.anatomy, validation) for x in row]))
         look = Validation(score, every=max(1, steps // LOOKS))
     device = next(student.parameters()).device
-    train(objective, steps=steps, name="recovery", directory=directory, progress=progress, validation=look, device=device)
-    objective.close()
-    questions = sum(int(r.owners.max()) + 1 for r in rows)
-    record = TrainingRecord(steps=steps, data=list(data), images=len({id(r.pixels) for r in rows}), questions=questions)
+    try:
+        outcome = train(objective, steps=steps, name="recovery", directory=directory, progress=progress, validation=look, device=device)
+    finally:
+        objective.close()
+    record = record_of(rows, data, plan.training)
+    record.steps, record.rate, record.kept = record.steps + steps, settings.rate or outcome.rate, outcome.kept
     trained = plan.model_copy(update={"training": record})
     trained.factors = trained_factors(student, plan)
     return trained
 
 
-def _spare_memory() -> int:
-    """Bytes for the original's answers: a quarter of what is free."""
-    return memory().available // 4
+def record_of(rows: Sequence[Row], data: Sequence[str], before: TrainingRecord | None = None) -> TrainingRecord:
+    """What a network is trained on, for its plan; steps are filled in by those who train.
+
+    Args:
+        rows: The questions.
+        data: Names of their data sets.
+        before: What the plan says already: heads may have been learned, or factors that are trained further.
+    """
+    return TrainingRecord(
+        head_steps=before.head_steps if before else 0,
+        steps=before.steps if before else 0,
+        data=list(data),
+        images=len({id(r.pixels) for r in rows}),
+        questions=sum(int(r.owners.max()) + 1 for r in rows),
+    )
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the original has to say about one row.
+    """What the original has to say about one row, on the CPU.
 
     Attributes:
         logits: At the positions with a target, shape [targets, vocabulary] float32.
@@ -107,10 +119,6 @@ class Lesson:
 
     logits: Tensor
     hidden: dict[str, Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.logits, *self.hidden.values()))
 
 
 class Distillation:
@@ -123,7 +131,7 @@ class Distillation:
         rows: Training rows.
         settings: Weights of the losses, batch and rate.
         seed: For the order of the rows.
-        memory: Bytes that the original's answers may take; those past it are computed again when needed.
+        memory: See `Remembered`.
     """
 
     def __init__(
@@ -135,27 +143,22 @@ class Distillation:
         settings: Recovery,
         *,
         seed: int = 0,
-        memory: int = 0,
+        memory: int | None = None,
     ):
         self.student, self.teacher, self.anatomy, self.rows, self.settings = student, teacher, plan.anatomy, rows, settings
-        self.seed, self.memory = seed, memory
-        self.device = next(student.parameters()).device
-        self.lessons: dict[int, Lesson] = {}
-        self.lock = threading.Lock()
+        self.seed, self.device = seed, next(student.parameters()).device
+        self.lengths = tuple(len(r.ids) for r in rows)
+        self.lessons = Remembered(self.lesson, lambda x: (x.logits, *x.hidden.values()), memory)
         paths = [linear.path for linear in plan.trained_maps().values()]
         student.requires_grad_(False)
-        self.adapters = Adapters(student, paths, settings.lora_rank, seed) if self._by_lora() else None
+        by_lora = settings.by_lora(sum(p.numel() for p in teacher.parameters()))
+        self.adapters = Adapters(student, paths, settings.lora_rank, seed) if by_lora else None
         if self.adapters is None:
             for path in paths:
                 student.get_submodule(path).requires_grad_()
         self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
         points = tap_points(plan.anatomy, settings.hidden_every)
         self.taps = Taps(student, points), Taps(teacher, points)
-
-    def _by_lora(self) -> bool:
-        if self.settings.method == "auto":
-            return sum(p.numel() for p in self.teacher.parameters()) > LORA_FROM
-        return self.settings.method == "lora"
 
     def close(self) -> None:
         """Takes the hooks off both networks, merges adapters and freezes the student again."""
@@ -180,7 +183,7 @@ class Distillation:
     def loss(self, step: int, share: Share) -> tuple[Tensor, dict[str, float]]:
         chosen = share.take(self.batch(step))
         packed = pack([self.rows[i] for i in chosen])
-        lessons = [self.lesson(i) for i in chosen]
+        lessons = [self.lessons[i] for i in chosen]
         hidden, states = self.taps[0].run(to(packed.inputs, self.device))
         wanted = packed.targets != IGNORE
         logits = self.student.get_submodule(self.anatomy.head_path)(states[wanted.to(self.device)]).float()
@@ -205,36 +208,34 @@ class Distillation:
         """Rows of one step: every row once an epoch, those of a batch about as long as each other."""
         size = min(self.settings.batch, len(self.rows))
         per_epoch = len(self.rows) // size
-        return self._epoch(step // per_epoch)[step % per_epoch]
-
-    @lru_cache(maxsize=2)  # noqa: B019 (an objective lives as long as its training)
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.seed, epoch])
-        size = min(self.settings.batch, len(self.rows))
-        order = rng.permutation(len(self.rows))[: len(self.rows) // size * size]
-        batches = []
-        for start in range(0, len(order), SORTED_TOGETHER * size):
-            together = sorted(order[start : start + SORTED_TOGETHER * size], key=lambda i: len(self.rows[i].ids))
-            batches += [[int(i) for i in together[j : j + size]] for j in range(0, len(together), size)]
-        return [batches[i] for i in rng.permutation(len(batches))]
+        return epoch_batches(self.lengths, size, self.seed, step // per_epoch)[step % per_epoch]
 
     def lesson(self, row: int) -> Lesson:
-        """What the original says about a row, remembered while there is memory.
-
-        Each row is asked about on its own, so that it does not matter when, nor whether it was remembered.
-        """
-        if row in self.lessons:
-            return self.lessons[row]
+        """What the original says about a row, asked about it alone: so it does not matter when it is asked."""
         packed = pack([self.rows[row]])
         with torch.no_grad():
             hidden, states = self.taps[1].run(to(packed.inputs, self.device))
             logits = self.teacher.get_submodule(self.anatomy.head_path)(states[(packed.targets != IGNORE).to(self.device)])
-        lesson = Lesson(logits.float(), {tap: h[0].bfloat16() for tap, h in hidden.items()})
-        with self.lock:
-            if lesson.bytes <= self.memory:
-                self.memory -= lesson.bytes
-                self.lessons[row] = lesson
-        return lesson
+        return Lesson(logits.float().cpu(), {tap: h[0].bfloat16().cpu() for tap, h in hidden.items()})
+
+
+@lru_cache(maxsize=2)
+def epoch_batches(lengths: tuple[int, ...], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Rows of every batch of an epoch: each row once, those of a batch about as long as each other, in an order that the seed gives.
+
+    Args:
+        lengths: Of the rows, in tokens.
+        size: Of a batch; rows past the last whole one are left to other epochs.
+        seed: Of the training.
+        epoch: Which.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))[: len(lengths) // size * size]
+    batches = []
+    for start in range(0, len(order), SORTED_TOGETHER * size):
+        together = sorted(order[start : start + SORTED_TOGETHER * size], key=lengths.__getitem__)
+        batches += [[int(i) for i in together[j : j + size]] for j in range(0, len(together), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
 class Adapters:

@@ -3,7 +3,7 @@
 Recovery (`recover.py`) and the search for heads (`gates.py`) are objectives. A step's batch is split into shares:
 threads of this process (small matrices do not fill two cores) times the processes that `accelerate launch` started,
 one for each device. Gradients are averaged over all shares in a fixed order, and whatever an objective draws it
-draws from `generator(seed, step, share)`: the same seed gives the same weights, interrupted or not.
+draws from `generator(seed, step, share)`: the same seed and number of shares give the same weights, interrupted or not.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ PATIENCE_FOR_NAN = 5
 """Steps in a row without a finite gradient after which training is given up."""
 WARM_UP = 0.1
 """Share of the steps in which the rate rises."""
+PEAK = 5.0
+"""Peak rate over that of the best first step, where it is looked for. Steps that follow agree less than the weights of one."""
+SMALLEST_RATE, LARGEST_RATE = 1e-7, 1e-2
+"""Where it is looked for."""
 
 
 Item = TypeVar("Item")
@@ -51,11 +55,23 @@ class Share(NamedTuple):
 WHOLE = Share(0, 1)
 
 
+class Outcome(NamedTuple):
+    """What a training came to.
+
+    Attributes:
+        rate: Peak rate of the groups that named none; None if all named one.
+        kept: Step after which the state was as it is now; None where no validation chose it.
+    """
+
+    rate: float | None
+    kept: int | None
+
+
 class Objective(Protocol):
     """What is trained and by which loss."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups as AdamW takes them: `params` and the peak `lr`.
+        """Groups as AdamW takes them: `params` and the peak `lr`; the loop finds one where it is None, see `_Loop.find_rate`.
 
         Beside AdamW's own keys (`weight_decay`, `betas`, `maximize` ...) a group may have `clip`, the largest norm
         of its gradient (default 1), and `constant`, true where the rate is to stay at its peak.
@@ -95,6 +111,7 @@ class _State:
 
     step: int = 0
     rate: float = 1.0
+    found: float | None = None
     bad: int = 0
     best_score: float = -math.inf
     best_step: int = 0
@@ -120,7 +137,7 @@ def train(
     threads: int | None = None,
     checkpoint_seconds: float = 60.0,
     alone: bool = False,
-) -> None:
+) -> Outcome:
     """Trains an objective; it has its final (with validation: its best) state afterwards.
 
     AdamW; the rate rises linearly over a tenth of the steps and falls as a cosine to a hundredth. A step whose
@@ -133,13 +150,13 @@ def train(
         directory: Gets `<name>.checkpoint`; one that is there is gone on from. None: no checkpoints.
         progress: Told about steps and figures.
         validation: How to find the best state.
-        device: On CUDA, products are in bfloat16 where the device has it.
+        device: On CUDA, products are in bfloat16 where the device has it, except `alone`.
         threads: CPU threads; as many as PyTorch's when None.
         checkpoint_seconds: Time between checkpoints.
         alone: Other processes of the same launch take no part.
 
     Raises:
-        InputError: no finite gradient several times in a row.
+        InputError: no finite gradient several times in a row, or no finite loss to find a rate by.
         MissingRequirement: `accelerate` is needed and not installed.
     """
     loop = _Loop(objective, steps, torch.device(device), threads, alone)
@@ -149,8 +166,11 @@ def train(
     saved = time.monotonic()
     with (progress or Silent()).bar(name, steps) as advance, loop:
         advance(loop.state.step)
-        if validation and not loop.state.step:
-            loop.look(validation)  # training that only harms leaves the state as it was
+        if not loop.state.step:
+            if validation:
+                loop.look(validation)  # training that only harms leaves the state as it was
+            if any(g["lr"] is None for g in loop.groups):
+                loop.find_rate()
         while loop.state.step < steps:
             advance(1, loop.step())
             if validation and (loop.state.step % validation.every == 0 or loop.state.step == steps) and loop.look(validation):
@@ -158,8 +178,10 @@ def train(
             if path and time.monotonic() - saved > checkpoint_seconds:
                 loop.save(path)
                 saved = time.monotonic()
-    if loop.state.best is not None:
-        objective.load_state_dict(loop.state.best)
+    if loop.state.best is None:
+        return Outcome(loop.state.found, None)
+    objective.load_state_dict(loop.state.best)
+    return Outcome(loop.state.found, loop.state.best_step)
 
 
 class _Loop:
@@ -170,7 +192,7 @@ class _Loop:
         self.accelerator = _Plain() if alone or (device.type == "cpu" and processes() == 1) else make_accelerator(device)
         self.groups = objective.parameter_groups()
         self.parameters = [p for g in self.groups for p in g["params"]]
-        own = [{k: v for k, v in g.items() if k not in ("clip", "constant")} for g in self.groups]
+        own = [{k: v for k, v in g.items() if k not in ("clip", "constant", "lr")} for g in self.groups]
         self.optimizer = torch.optim.AdamW(own, betas=(0.9, 0.98), weight_decay=0.0)
         self.threads = threads or torch.get_num_threads()
         self.local = min(self.threads, MOST_SHARES) if device.type == "cpu" else 1
@@ -184,17 +206,62 @@ class _Loop:
         self.pool.shutdown()
         torch.set_num_threads(self.before)
 
+    @property
+    def shares(self) -> list[Share]:
+        """Those of this process."""
+        first = self.local * self.accelerator.process_index
+        return [Share(first + i, self.local * self.accelerator.num_processes) for i in range(self.local)]
+
+    @torch.no_grad()
+    def find_rate(self) -> None:
+        """Finds a peak rate for the groups that name none; nothing else is changed.
+
+        AdamW's first step moves every weight by the rate, along the sign of its gradient. How far one can go varies by orders of
+        magnitude between networks: a large activation meets a whole row of weights that move together. The rate doubles
+        as long as such a step lowers the loss of the first batch further, as in a learning-rate range test
+        (Smith 2017, arXiv 1506.01186); the peak is `PEAK` times the best.
+        """
+        with torch.enable_grad():
+            results = list(self.pool.map(self._gradients, self.shares))
+        self._collect([grads for grads, _ in results])
+        moved = [p for g in self.groups if g["lr"] is None for p in g["params"] if p.grad is not None]
+        before, signs = [p.clone() for p in moved], [p.grad.sign() for p in moved]
+        self.optimizer.zero_grad(set_to_none=True)
+        rate, best, least = SMALLEST_RATE, SMALLEST_RATE, math.inf
+        while rate <= LARGEST_RATE:
+            for p, start, sign in zip(moved, before, signs, strict=True):
+                p.copy_(start - rate * sign)
+            if not (loss := self._mean_loss()) < least:
+                break
+            best, least, rate = rate, loss, 2 * rate
+        for p, start in zip(moved, before, strict=True):
+            p.copy_(start)
+        if math.isinf(least):
+            raise InputError(
+                "the first training batch has no finite loss to find a rate by",
+                mend="check the model's weights and the training images, or name recovery.rate in the recipe",
+            )
+        self.state.found = PEAK * best
+
+    def _mean_loss(self) -> float:
+        """Of the batch of the step to come, over all shares."""
+        losses = list(self.pool.map(self._loss, self.shares))
+        mean = sum(losses) / len(losses)
+        return float(self.accelerator.reduce(mean, "mean") if self.accelerator.num_processes > 1 else mean)
+
+    def _loss(self, share: Share) -> Tensor:
+        with torch.no_grad(), self.accelerator.autocast():  # threads begin with gradients on
+            return self.objective.loss(self.state.step, share)[0]
+
     def step(self) -> str:
         """One step of the optimiser, or none where the gradient is not finite; returns figures to show."""
         state = self.state
-        of = self.local * self.accelerator.num_processes
-        first = self.local * self.accelerator.process_index
-        shares = [Share(first + i, of) for i in range(self.local)]
-        results = list(self.pool.map(self._gradients, shares))
+        results = list(self.pool.map(self._gradients, self.shares))
         self._collect([grads for grads, _ in results])
         if self._clip():
             for group, own in zip(self.optimizer.param_groups, self.groups, strict=True):
-                group["lr"] = own["lr"] * state.rate * (1.0 if own.get("constant") else schedule(state.step, self.steps))
+                peak = state.found if own["lr"] is None else own["lr"]
+                group["lr"] = peak * state.rate * (1.0 if own.get("constant") else schedule(state.step, self.steps))
             self.optimizer.step()
             state.bad = 0
         else:

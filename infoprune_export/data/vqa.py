@@ -88,22 +88,23 @@ def load_questions(path: Path | str, split: str | None = None, samples: int | No
     return QuestionSet(content.format, file.name, questions)
 
 
-def fingerprint(path: Path | str) -> str:
-    """Names the contents of a data source: its question files to the byte, its images by size and date of change.
+def fingerprint(path: Path | str, split: str | None = None) -> str:
+    """Names what a data source holds: questions and answers word by word, images (or their archives) by size and date of change.
+
+    Args:
+        path: See `load_questions`.
+        split: Likewise.
 
     Raises:
-        InputError: it does not exist.
+        InputError: see `load_questions`.
     """
-    path = _packaged(str(path)) if str(path).startswith(PACKAGED) else Path(path)
-    if not path.exists():
-        raise InputError("does not exist", where=path, mend="give a directory or questions file of VQAv2, TextVQA or GQA, or tiny:NAME")
-    digest = hashlib.sha256()
-    root = path if path.is_dir() else path.parent
-    for file in sorted(p for folder in QUESTION_FOLDERS for p in (root / folder).glob("*.json")):
-        digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    for entry in sorted(p for p in root.iterdir() if p.suffix != ".json"):
-        stat = entry.stat()
-        digest.update(f"{entry.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    found = load_questions(path, split)
+    digest = hashlib.sha256(found.format.encode())
+    for q in found.questions:
+        digest.update(repr((q.id, q.question, q.answers, q.image.path.name, q.image.member)).encode())
+    for file in sorted({q.image.path for q in found.questions}):
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

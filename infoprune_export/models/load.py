@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from importlib import resources
@@ -72,7 +73,7 @@ class SourceModel:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        _check_memory(self.directory)
+        self._check_memory()
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 self.directory,
@@ -92,6 +93,28 @@ class SourceModel:
                     f"{len(info[kind])} tensors do not fit the config ({kind.replace('_', ' ')}: {first})", where=self.directory
                 )
         return model.eval().requires_grad_(False)
+
+    @property
+    def parameters(self) -> int:
+        """How many there are in its files."""
+        from safetensors import safe_open
+
+        count = 0
+        for path in weight_files(self.directory):
+            with safe_open(path, "np") as f:
+                count += sum(math.prod(f.get_slice(key).get_shape()) for key in f.keys())  # noqa: SIM118 (not a mapping)
+        return count
+
+    def _check_memory(self) -> None:
+        """Stops before loading what cannot fit: original and compressed network in fp32, and room to work."""
+        needed, free = 3 * 4 * self.parameters, memory().available
+        if needed > free:
+            raise NotEnough(
+                f"needs about {needed / 2**30:.0f} GiB of memory ({self.parameters / 1e9:.1f} billion parameters in fp32, three times), "
+                f"{free / 2**30:.0f} GiB are free",
+                where=self.directory,
+                mend="use a machine with more memory",
+            )
 
     def load_processor(self) -> ProcessorMixin:
         from transformers import AutoProcessor
@@ -203,25 +226,3 @@ def _hash_weights(directory: Path) -> str:
     for path in [directory / "config.json", *files]:
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _check_memory(directory: Path) -> None:
-    """Stops before loading what cannot fit: original and compressed network in fp32, and room to work."""
-    from safetensors import safe_open
-
-    parameters = 0
-    for path in weight_files(directory):
-        with safe_open(path, "np") as f:
-            for key in f.keys():  # noqa: SIM118 (not a mapping)
-                size = 1
-                for n in f.get_slice(key).get_shape():
-                    size *= n
-                parameters += size
-    needed, free = 3 * 4 * parameters, memory().available
-    if needed > free:
-        raise NotEnough(
-            f"needs about {needed / 2**30:.0f} GiB of memory ({parameters / 1e9:.1f} billion parameters in fp32, three times), "
-            f"{free / 2**30:.0f} GiB are free",
-            where=directory,
-            mend="use a machine with more memory",
-        )

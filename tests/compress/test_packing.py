@@ -63,6 +63,13 @@ def test_an_image_behind_the_question_is_not_shared():
     assert [len(r.ids) for r in make_rows([(picture(0), late)], image_token=IMAGE_TOKEN)] == [IMAGE_TOKENS + 4] * 3
 
 
+def test_a_prompt_that_ends_with_its_image_learns_its_whole_answer():
+    prompt, answer = np.concatenate([[1, 5], IMAGE]).astype(np.int64), np.array([7, 2])
+    (row,) = make_rows([(picture(0), [(prompt, answer)])], image_token=IMAGE_TOKEN)
+    assert row.targets[-3:].tolist() == [7, 2, IGNORE]
+    assert make_rows([(picture(0), [(prompt, np.array([], np.int64))])], image_token=IMAGE_TOKEN) == []  # nothing to learn
+
+
 def test_long_rows_are_split(monkeypatch):
     monkeypatch.setattr("infoprune_export.compress.packing.LONGEST_ROW", 12)
     rows = make_rows(IMAGES[:1], image_token=IMAGE_TOKEN)

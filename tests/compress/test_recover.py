@@ -90,7 +90,13 @@ def test_it_learns_and_its_factors_carry_what_it_learned(networks, method, tmp_p
         if name in frozen:
             assert torch.equal(p, frozen[name]), name
 
-    assert trained.training.model_dump(exclude_defaults=True) == {"steps": 40, "data": ["tiny:vqa"], "images": 12, "questions": 24}
+    assert trained.training.model_dump(exclude_defaults=True) == {
+        "steps": 40,
+        "rate": FAST.rate,
+        "data": ["tiny:vqa"],
+        "images": 12,
+        "questions": 24,
+    }
     assert "training" not in plan.model_dump(exclude_none=True)
     trained.save(tmp_path)
     rebuilt, again = build(), Plan.load(tmp_path)
@@ -115,8 +121,8 @@ def test_what_the_original_said_is_remembered_and_changes_nothing(networks):
     teacher.model.register_forward_hook(lambda *a: calls.append(1))
     for step in range(3):  # one epoch
         remembering.loss(step, WHOLE)
-    assert len(remembering.lessons) == len(rows)
-    assert not forgetting.lessons
+    assert len(remembering.lessons.kept) == len(rows)
+    assert not forgetting.lessons.kept
     asked = len(calls)
     losses = [(remembering.loss(step, WHOLE)[0], forgetting.loss(step, WHOLE)[0]) for step in range(3, 6)]
     assert len(calls) == asked + len(rows)

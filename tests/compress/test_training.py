@@ -133,8 +133,8 @@ def test_the_best_state_is_kept_and_patience_ends_training(tmp_path):
         states.append(objective.weights.detach().clone())
         return next(scores)
 
-    train(objective, steps=50, threads=1, validation=Validation(score, every=10, patience=2))
-    assert len(states) == 5
+    outcome = train(objective, steps=50, threads=1, validation=Validation(score, every=10, patience=2))
+    assert len(states) == 5 and outcome.kept == 20
     assert torch.equal(objective.weights.detach(), states[2])
 
 
@@ -143,6 +143,41 @@ def test_training_that_only_harms_leaves_the_state_as_it_was():
     before = objective.weights.detach().clone()
     train(objective, steps=2, threads=1, validation=Validation(lambda: next(scores), every=1))
     assert torch.equal(objective.weights.detach(), before)
+
+
+class Well:
+    """`(w - bottom)^2` for weights that begin at zero: the best first step is as long as the bottom is far."""
+
+    def __init__(self, bottom, rate=None):
+        self.bottom, self.rate, self.w = bottom, rate, torch.zeros(4, requires_grad=True)
+
+    def parameter_groups(self):
+        return [{"params": [self.w], "lr": self.rate}]
+
+    def loss(self, step, share):
+        loss = (self.w - self.bottom).square().sum()
+        return loss, {"loss": loss.item()}
+
+    def state_dict(self):
+        return {"w": self.w.detach()}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("doublings", [3, 10, 14])
+def test_a_rate_is_found_where_none_is_named(doublings, threads):
+    first = 1e-7 * 2**doublings  # the next doubling is as far behind the bottom as this one is in front of it, or farther
+    for bottom in (first, -first, 0.8 * first, 1.4 * first):
+        well = Well(bottom)
+        outcome = train(well, steps=1, threads=threads)
+        assert outcome.rate == pytest.approx(5 * first)
+        # AdamW's first step is as long as the rate, from where the weights were before the search.
+        torch.testing.assert_close(well.w.detach(), torch.full((4,), math.copysign(outcome.rate, bottom)), rtol=1e-2, atol=0)
+    assert train(Well(first, rate=0.1), steps=1).rate is None
+
+
+def test_no_rate_is_found_by_a_loss_that_is_not_finite():
+    with pytest.raises(InputError, match="no finite loss to find a rate by"):
+        train(Well(math.nan), steps=1)
 
 
 @pytest.mark.slow

@@ -44,13 +44,16 @@ def test_a_fingerprint_changes_with_questions_answers_and_images(tmp_path: Path)
     assert seen == [fingerprint(tmp_path / "vqa"), fingerprint(questions)]
     for file in sorted((tmp_path / "vqa").glob("*.json")):
         text = file.read_text()
-        file.write_text(text.replace("40", "48"))
+        file.write_text(text.replace('"answer": "40"', '"answer": "48"').replace("what is 40", "what is 48"))
         seen.append(fingerprint(tmp_path / "vqa"))
         file.write_text(text)
     assert fingerprint(tmp_path / "vqa") == seen[0]
-    (tmp_path / "vqa" / "more.zip").write_bytes(b"")
+    (tmp_path / "vqa" / "of no concern").write_bytes(b"")
+    assert fingerprint(tmp_path / "vqa") == seen[0]
+    image = next((tmp_path / "vqa").rglob("*.png"))
+    image.write_bytes(image.read_bytes() + b" ")
     seen.append(fingerprint(tmp_path / "vqa"))
-    assert len(set(seen)) == 4
+    assert seen[0] == seen[1] and len(set(seen)) == 4
     assert fingerprint("tiny:vqa") != fingerprint("tiny:gqa")
     with pytest.raises(InputError, match="does not exist"):
         fingerprint(tmp_path / "nothing")

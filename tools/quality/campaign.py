@@ -141,7 +141,6 @@ class Crew:
 
     def __init__(self, workers: int, threads: int, book: RowFile, versions: Versions):
         self.book, self.versions, self.broken = book, versions, 0
-        self.workers = workers
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, (threads,))
 
     def __enter__(self) -> Crew:

@@ -34,8 +34,7 @@ def write(out: Path, rows: Sequence[Row], tuned: list[dict[str, Any]], compress_
     """
     out.mkdir(parents=True, exist_ok=True)
     results = Results(rows)
-    machine = machine_report()
-    head = {"commit": _commit(), "machine": machine.as_dict(), "versions": library_versions()}
+    head = {"commit": _commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "summary.json", head | {"checks": checks(results, compress_seconds)})
     _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in rows], "tuned": tuned})
     write_atomically(out / "table.md", table(results, notes))

@@ -54,7 +54,7 @@ class Setting:
 
     def job(self, recipe: Recipe | None = None, seed: int = 0) -> Job:
         """A job on this model; nothing is written."""
-        job = Job(recipe or self.recipe, Options(out=ROOT / "build" / "quality", seed=seed))
+        job = Job(recipe or self.recipe, Options(out=ROOT / "build" / "quality", seed=seed, device="cpu"))
         job.base = ROOT  # a packaged recipe's paths are relative to where one works; this tool's are the checkout's
         return job
 
