@@ -390,7 +390,7 @@ def _quieten(verbosity: int) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line and exits with the codes 0, 1, 2, 3, 4 or 130 (see README)."""
+    """Runs the command line and exits with the codes 0, 1, 2, 3, 4, 70 or 130 (see README)."""
     args = sys.argv[1:] if args is None else args
     verbosity = sum(a.count("v") for a in args if a.startswith("-v") and set(a[1:]) == {"v"}) + args.count("--verbose")
     _quieten(verbosity)

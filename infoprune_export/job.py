@@ -252,7 +252,7 @@ class Job:
             if fit:
                 images.append((lambda image=image: self.images([image.open()]), fit))
         if left_out:
-            self.progress.note(f"{left_out} training questions are longer than the model's context of {context} tokens and are left out")
+            self.progress.note(f"{left_out} questions are longer than the model's context of {context} tokens and are left out")
         return make_rows(images, image_token=self.prompts.config.image_token_id, window=window)
 
     def _sample(self, question: Any) -> Any:
@@ -325,7 +325,7 @@ class Job:
 
         The original is used up.
         """
-        from infoprune_export.compress.factors import make_factors
+        from infoprune_export.compress.factors import layers_walked, make_factors
         from infoprune_export.compress.surgery import apply_plan
 
         if self.options.plan and plan.training and plan.training.steps and not plan.factors_sha256:
@@ -338,7 +338,8 @@ class Job:
             factors = {}
         else:
             statistics = self.statistics
-            with self.progress.bar("factors", len(plan.layers)) as advance:
+            walked = sum(len(layers_walked(plan, tower)) for tower in (plan.anatomy.vision, plan.anatomy.language))
+            with self.progress.bar("factors", walked) as advance:
                 factors = make_factors(self.original, plan, self.batches, statistics, progress=lambda _: advance(1))
         plan = plan.model_copy()
         plan.factors = factors
@@ -377,6 +378,9 @@ class Job:
             self.progress.note("nothing was removed, so there is nothing to train")
             return plan
         original = self.fresh_original()
+        validation = self.rows(recipe.validation) if recipe.validation else []
+        if recipe.validation and not validation:
+            self.progress.note("no validation question is left: the state after the last step is kept")
         return recover(
             model,
             original,
@@ -385,7 +389,7 @@ class Job:
             recipe.recovery,
             steps=recipe.train_steps - (plan.training.head_steps if plan.training and not self.options.plan else 0),
             data=self._training_names(),
-            validation=self.rows(recipe.validation) if recipe.validation else None,
+            validation=validation,
             directory=self.scratch,
             progress=self.progress,
             seed=self.options.seed,

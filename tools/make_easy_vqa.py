@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from tiny_data import easy_shapes, official
 from tiny_data.sample import Sample
+
+from infoprune_export.errors import InfoPruneError
 
 SUBTYPES = {"train": "train2014", "val": "val2014", "test": "test2015"}
 # Those of smol-llava's training; tiny-llava held out other images.
@@ -40,15 +43,20 @@ def samples(split: str) -> Iterator[Sample]:
         yield easy_shapes.sample("test" if split == "test" else "train", image_id)
 
 
-def main() -> None:
+def main() -> int:
     """Parses the command line and writes the three splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/easy-vqa"), help="directory to write (default: %(default)s)")
     args = parser.parse_args()
-    for split, subtype in SUBTYPES.items():
-        official.write_vqa(args.out / split, subtype, samples(split))
-        print(f"{args.out / split}: {len(image_ids(split)):,} images")
+    try:
+        for split, subtype in SUBTYPES.items():
+            official.write_vqa(args.out / split, subtype, samples(split))
+            print(f"{args.out / split}: {len(image_ids(split)):,} images")
+    except InfoPruneError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -50,18 +50,23 @@ def make_factors(
     """
     factors: dict[str, Tensor] = {}
     for tower in (plan.anatomy.vision, plan.anatomy.language):
-        todo = [x for x in tower.layers if plan.decision(x.tower, x.index).cuts(x)]
-        if not todo:
+        if not (walked := layers_walked(plan, tower)):
             continue
         tokens = TokenWeights(plan.criterion.text_share, model.config.image_token_id)
         source = _Prefix(model, tower, batches, tokens) if plan.criterion.recalibrate else _OneShot(stats)
-        for layer in tower.layers[: todo[-1].index + 1]:
-            if layer in todo:
+        for layer in walked:
+            if plan.decision(layer.tower, layer.index).cuts(layer):
                 factors |= _cut_layer(model, layer, plan, source, stats)
             source.advance(model.get_submodule(layer.path))
             if progress:
                 progress(f"{layer.tower} {layer.index}")
     return {name: tensor.contiguous().numpy() for name, tensor in sorted(factors.items())}
+
+
+def layers_walked(plan: Plan, tower: Tower) -> list[Layer]:
+    """The layers of a tower up to the last that is cut, in depth order."""
+    cut = [x.index for x in tower.layers if plan.decision(x.tower, x.index).cuts(x)]
+    return list(tower.layers[: cut[-1] + 1]) if cut else []
 
 
 def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _OneShot, stats: Statistics) -> dict[str, Tensor]:

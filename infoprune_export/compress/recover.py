@@ -45,7 +45,7 @@ def recover(
     *,
     steps: int,
     data: Sequence[str] = (),
-    validation: Sequence[Row] | None = None,
+    validation: Sequence[Row] = (),
     directory: Path | None = None,
     progress: Progress | None = None,
     seed: int = 0,
@@ -60,7 +60,7 @@ def recover(
         settings: Weights of the losses, batch and rate.
         steps: How many.
         data: Names of the data sets, recorded in the plan.
-        validation: Questions to choose the best state by; the last state is kept when None.
+        validation: Questions to choose the best state by; the last state is kept when there are none.
         directory: For checkpoints; training goes on from one that is there.
         progress: Told about steps and figures.
         seed: For the order of the rows.

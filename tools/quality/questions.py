@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from infoprune_export.bundle import file_sha256
 from infoprune_export.data.vqa import ImageRef, load_questions
+from infoprune_export.errors import MissingRequirement
 from infoprune_export.job import Job
 from infoprune_export.recipe import DataSource
 from quality.versions import ROOT, code_version, digest
@@ -45,9 +46,13 @@ class Rendered:
             yield sample.image, [(q.text, q.answer) for q in sample.questions]
 
     def version(self, job: Job) -> str:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return digest((version("easy-vqa"), code_version((ROOT / "tools" / "tiny_data").glob("*.py"))))
+        try:
+            images = version("easy-vqa")
+        except PackageNotFoundError:
+            raise MissingRequirement("easy-VQA needs the package easy-vqa", mend='pip install "infoprune-export[train]"') from None
+        return digest((images, code_version((ROOT / "tools" / "tiny_data").glob("*.py"))))
 
 
 class Files:

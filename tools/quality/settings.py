@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from infoprune_export.data.vqa import load_questions
-from infoprune_export.errors import InputError
+from infoprune_export.errors import InfoPruneError
 from infoprune_export.job import Job, Options, resolve
 from infoprune_export.recipe import Recipe
 from quality.questions import Asked, Files, Questions, Rendered, Split, files_version
@@ -62,7 +62,7 @@ class Setting:
         """Why this model cannot be compared on here, such as one that has to be built first; None where it can."""
         try:
             self.version()
-        except InputError as e:
+        except InfoPruneError as e:
             return str(e)
         return None
 

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from infoprune_export.errors import MissingRequirement
 from tiny_data.sample import COLOR_ID, HEAD_INDEX, SHAPE_ID, Question, Sample, empty_labels, stream
 
 #: Official train images that are never trained on.
@@ -25,7 +26,10 @@ def _kind(question: str, answer: str) -> str:
 
 @cache
 def _official(split: str) -> tuple[dict[int, list[Question]], dict[int, str]]:
-    import easy_vqa
+    try:
+        import easy_vqa
+    except ImportError:
+        raise MissingRequirement("easy-VQA needs the package easy-vqa", mend='pip install "infoprune-export[train]"') from None
 
     texts, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
     by_image: dict[int, list[Question]] = defaultdict(list)
