@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
 from infoprune_export.errors import GateFailed, InputError
-from infoprune_export.plans import Plan, Source
+from infoprune_export.plans import Plan, Source, TrainingRecord
 from infoprune_export.recipe import Workload, first_problem
 
 SCHEMA_VERSION = 1
@@ -132,6 +132,7 @@ class Report(_Record):
     measured_at: str = Field(description="ISO 8601, UTC")
     workload: Workload
     flops: Flops
+    training: TrainingRecord | None = Field(None, description="how the compressed network was trained; null: not at all")
     accuracy: dict[str, Accuracy] = {}
     numerics: dict[str, ComponentNumerics | GenerationNumerics] = {}
     latency: dict[str, dict[str, PartLatency]] = {}

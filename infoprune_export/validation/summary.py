@@ -34,7 +34,8 @@ def summary_table(report: Report) -> RenderableType:
     asked = f"asked for at most {figures.fraction(flops.requested)} of the FLOPs" if flops.requested < 1 else "exported whole"
     head = Text.assemble((report.name, "bold"), f": {asked}, kept {flops.achieved:.4f}")
     of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
-    return Group(head, of, table, *_verdicts(report), *_missing(report))
+    trained = [Text(f"trained: {report.training}", style="dim")] if report.training else []
+    return Group(head, of, *trained, table, *_verdicts(report), *_missing(report))
 
 
 def latency_table(report: Report) -> RenderableType:

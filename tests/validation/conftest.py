@@ -12,7 +12,7 @@ from infoprune_export.bundle import Flops
 from infoprune_export.engines.base import TensorSpec
 from infoprune_export.models.anatomy import Anatomy, Attention, FeedForward, Layer, Linear, Tower, VisionGeometry
 from infoprune_export.models.flops import DENOMINATORS, count
-from infoprune_export.plans import Budget, LayerPlan, Plan, Source
+from infoprune_export.plans import Budget, LayerPlan, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Criterion, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.validation.latency import kept_by_part, timing
@@ -113,6 +113,7 @@ def report(flops: Flops) -> Report:
         measured_at="2026-11-23T12:00:00Z",
         workload=WORKLOAD,
         flops=flops,
+        training=TrainingRecord(steps=240, kept=216, data=["tiny:vqa"], images=1, questions=1200),
         accuracy={
             "vqa": Accuracy(
                 original=0.95,

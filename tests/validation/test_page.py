@@ -44,6 +44,13 @@ def page(report, plan) -> str:
     return report_page(report, plan)
 
 
+def test_it_says_whether_the_network_was_trained(report, plan):
+    text = " ".join(Checked(report_page(report, plan)).text.split())
+    assert f"Then the smaller network was trained: {report.training}." in text
+    report.training = None
+    assert "It was not trained after that." in Checked(report_page(report, plan)).text
+
+
 def test_tags_balance_and_the_figures_are_there(page):
     checked = Checked(page)
     assert not checked.open

@@ -18,6 +18,7 @@ def test_it_says_what_was_asked_and_reached(report):
     text = printed(summary_table(report))
     for figure in (
         "asked for at most 0.700",
+        "trained: 240 steps on 1 image with 1,200 questions of tiny:vqa",
         "12.0 MB",
         "8.00 MB",
         "0.950",
