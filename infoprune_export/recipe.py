@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import TowerName
@@ -58,10 +58,11 @@ class DataSource(_Strict):
 
 
 class Floor(_Strict):
-    """What every layer of a tower keeps at least, beyond the one unit and the smallest rank that always stay."""
+    """What every layer of a tower, and the tower in total, keeps at least, beyond the one unit and the smallest rank that always stay."""
 
     heads: float = Field(0.0, ge=0, le=1, description="share of a layer's head groups")
     ranks: float = Field(0.0, ge=0, le=1, description="share of a feed-forward matrix's FLOPs")
+    total: float = Field(0.0, ge=0, le=1, description="share of the whole tower's FLOPs; for heads and ranks that compete for one budget")
 
 
 class Criterion(_Strict):
@@ -106,7 +107,18 @@ class Criterion(_Strict):
         True, description="make each layer's factors on what the compressed layers before it give, and not on what the original's gave"
     )
     rank_multiple: int = Field(8, ge=1)
-    floors: dict[TowerName, Floor] = Field({}, description="tower to what each of its layers keeps at least")
+    floors: dict[TowerName, Floor] = Field({}, description="tower to what stays of it at least")
+
+    @model_validator(mode="after")
+    def _totals_need_one_currency(self) -> Criterion:
+        if self.total_floors and not (self.one_currency and self.head_share is None):
+            raise ValueError("a floor on a tower's total needs heads ks with allocation ks, and no head_share")
+        return self
+
+    @property
+    def total_floors(self) -> dict[TowerName, float]:
+        """Towers of which a share of all their FLOPs stays at least."""
+        return {tower: floor.total for tower, floor in self.floors.items() if floor.total}
 
     @property
     def one_currency(self) -> bool:
@@ -166,6 +178,12 @@ class Recipe(_Strict):
     min_speedup: float | None = Field(None, description="gate: smallest end-to-end speed-up allowed")
 
     _origin: Path | None = None
+
+    @model_validator(mode="after")
+    def _heads_are_learned_without_totals(self) -> Recipe:
+        if self.criterion.total_floors and self.recovery.head_share:
+            raise ValueError("criterion.floors with a total and recovery.head_share do not go together")
+        return self
 
     @property
     def origin(self) -> Path | None:

@@ -38,6 +38,11 @@ def test_defaults(tmp_path):
         ("model: m\ncriterion:\n  compensate: true\n", "line 3: criterion.compensate: Input should be 'refit', 'bias' or 'none'"),
         ("model: m\ncriterion:\n  wieghting: none\n", "line 3: criterion.wieghting: unknown field; did you mean weighting?"),
         ("model: m\ncriterion:\n  floors:\n    vision: {heads: 2}\n", "line 4: criterion.floors.vision.heads: "),
+        (
+            "model: m\ncriterion:\n  head_share: 0.5\n  floors: {vision: {total: 0.5}}\n",
+            "line 2: criterion: a floor on a tower's total needs",
+        ),
+        ("model: m\ncriterion: {floors: {vision: {total: 0.5}}}\nrecovery: {head_share: 0.3}\n", "line 1: criterion.floors with a total"),
         ("model: [\n", "line 2: not valid YAML"),
         ("- a\n", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),

@@ -129,6 +129,59 @@ def allocate(
     return Allocation(by_layer(kept), picked, cost(kept, picks))
 
 
+def allocate_with_floors(
+    units: list[UnitChoice],
+    ranks: list[RankChoice],
+    budget: int,
+    fixed: int,
+    stay: Mapping[LayerKey, int],
+    least: Mapping[str, int],
+) -> Allocation:
+    """Spends a budget of which some towers get at least a part; a tower that would get less has a price of its own.
+
+    Args:
+        units: See `allocate`; likewise the next ones.
+        ranks: Every matrix.
+        budget: FLOPs allowed.
+        fixed: FLOPs that no choice changes.
+        stay: How many units of a layer stay at least.
+        least: Tower to FLOPs of its units and matrices that stay at least; it gets them to the next whole step.
+
+    Raises:
+        InputError: the least that can be reached is above the budget.
+    """
+    found = allocate(units, ranks, budget, fixed, stay)
+
+    def of(tower: str, other: bool = False) -> tuple[list[UnitChoice], list[RankChoice]]:
+        return [u for u in units if (u.layer[0] == tower) != other], [c for c in ranks if (c.key[0] == tower) != other]
+
+    def spent(tower: str, by: Allocation) -> int:
+        own_units, own_ranks = of(tower)
+        return sum(u.cost for u in own_units if u.group in by.units[u.layer]) + sum(c.cost(by.ranks[c.key]) for c in own_ranks)
+
+    for tower, wanted in least.items():
+        own_units, own_ranks = of(tower)
+        every = [u.cost for u in own_units] + [c.dense_cost for c in own_ranks]
+        if spent(tower, found) >= (wanted := min(wanted, sum(every))):
+            continue
+        inside, allowance, step = None, wanted, min([u.cost for u in own_units] + [c.cost_per_rank for c in own_ranks])
+        while inside is None or inside.cost < wanted:
+            inside, allowance = allocate(own_units, own_ranks, allowance, 0, stay), allowance + step
+        other_units, other_ranks = of(tower, other=True)
+        smallest = sum(u.cost for u in best_units(other_units, stay)) + sum(c.cost(c.options()[0]) for c in other_ranks)
+        behind = max(smallest, *(x for name, x in least.items() if name != tower), 0)
+        if inside.cost + behind + fixed > budget:
+            total = fixed + sum(u.cost for u in units) + sum(c.dense_cost for c in ranks)
+            kept = (inside.cost + behind + fixed) / total
+            raise InputError(
+                f"a budget of {budget / total:.3f} cannot be reached: criterion.floors and the smallest ranks still keep {kept:.3f}",
+                mend=f"ask for --flops {np.ceil(1000 * kept) / 1000:.3f} or more, or lower criterion.floors.{tower}.total",
+            )
+        outside = allocate(other_units, other_ranks, budget - inside.cost, fixed, stay)
+        return Allocation(inside.units | outside.units, inside.ranks | outside.ranks, inside.cost + outside.cost)
+    return found
+
+
 def best_units(units: list[UnitChoice], stay: Mapping[LayerKey, int]) -> list[UnitChoice]:
     """The best units of each layer, which always stay: as many as `stay` says, one where it is silent."""
     layers: dict[LayerKey, list[UnitChoice]] = {}

@@ -8,7 +8,16 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from infoprune_export.compress.allocate import LayerKey, RankChoice, UnitChoice, allocate, best_units, by_layer, check_reachable
+from infoprune_export.compress.allocate import (
+    LayerKey,
+    RankChoice,
+    UnitChoice,
+    allocate,
+    allocate_with_floors,
+    best_units,
+    by_layer,
+    check_reachable,
+)
 from infoprune_export.compress.lowrank import seen_before, spectrum, weighting
 from infoprune_export.compress.scores import HEAD_RULES, Evidence
 from infoprune_export.compress.shares import d_rank, keep_share, proportional, rank_within_layers, uniform
@@ -61,7 +70,9 @@ def decide(
     fixed = original - sum(u.cost for u in units) - sum(r.dense_cost for r in ranks)
     budget = int(flops * original)
     if heads is None and criterion.head_share is None and criterion.one_currency:
-        found = allocate(units, ranks, budget, fixed, least_units(cut, criterion))
+        found = allocate_with_floors(
+            units, ranks, budget, fixed, least_units(cut, criterion), _least_flops(anatomy, workload, units, ranks, criterion)
+        )
         kept, rank_of = found.units, found.ranks
     else:
         kept, rank_of = _apart(units, ranks, budget, fixed, cut, criterion, heads)
@@ -163,6 +174,17 @@ def least_units(cut: list[Layer], criterion: Criterion) -> dict[LayerKey, int]:
     """How many units of each layer stay at least."""
     floor = {x: criterion.floors.get(x, Floor()).heads for x in TOWERS}
     return {(x.tower, x.index): max(1, math.ceil(floor[x.tower] * x.attention.kv_groups - 1e-9)) for x in cut}
+
+
+def _least_flops(
+    anatomy: Anatomy, workload: Workload, units: list[UnitChoice], ranks: list[RankChoice], criterion: Criterion
+) -> dict[str, int]:
+    """Tower to the FLOPs of its units and matrices that its floor on the total asks for; towers that have one and are cut."""
+    whole, found = count(anatomy, workload), {}
+    for tower, share in criterion.total_floors.items():
+        if choices := sum(u.cost for u in units if u.layer[0] == tower) + sum(r.dense_cost for r in ranks if r.key[0] == tower):
+            found[tower] = max(0, math.ceil(share * whole.over(tower)) - (whole.over(tower) - choices))
+    return found
 
 
 def _check_seen(cut: list[Layer], stats: Statistics, criterion: Criterion) -> None:

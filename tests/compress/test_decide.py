@@ -16,7 +16,7 @@ from infoprune_export.errors import InputError
 from infoprune_export.inspect import plan_tables
 from infoprune_export.models.anatomy import site
 from infoprune_export.models.families import find_anatomy
-from infoprune_export.models.flops import attention_flops, tower_passes
+from infoprune_export.models.flops import attention_flops, count, tower_passes
 from infoprune_export.plans import Plan, Source
 from infoprune_export.recipe import Criterion, Workload
 
@@ -184,6 +184,26 @@ def test_floors_hold_for_every_layer_of_their_tower(network, everything, allocat
         assert len(decision.kv_groups) >= 3
         for role, m in layer.ffn.matrices.items():
             assert decision.ranks[role] is None or decision.ranks[role] * (m.d_in + m.d_out) >= 0.4 * m.d_in * m.d_out
+
+
+@pytest.mark.parametrize("tower", ["vision", "language"])
+def test_a_tower_keeps_its_floor_in_total_and_the_other_pays(network, everything, tower):
+    def kept(plan):
+        return {t: count(plan.anatomy, WORKLOAD, plan).over(t) / count(plan.anatomy, WORKLOAD).over(t) for t in ("vision", "language")}
+
+    free = plan_of(network, everything)
+    asked = min(1.0, kept(free)[tower] + 0.05)
+    other = "language" if tower == "vision" else "vision"
+    plan = plan_of(network, everything, {"floors": {tower: {"total": asked}}})
+    assert asked <= kept(plan)[tower] < asked + 0.1
+    assert kept(plan)[other] < kept(free)[other]
+    assert 0.46 < plan.budget.predicted <= 0.5
+    loose = plan_of(network, everything, {"floors": {tower: {"total": 0.05}}})
+    assert [d.model_dump() for d in loose.layers] == [d.model_dump() for d in free.layers]
+    with pytest.raises(InputError, match=r"criterion\.floors and the smallest ranks still keep") as refused:
+        plan_of(network, everything, {"floors": {tower: {"total": 1.0}}}, flops=0.3)
+    least = float(refused.value.mend.split("--flops ")[1].split()[0])
+    assert kept(plan_of(network, everything, {"floors": {tower: {"total": 1.0}}}, flops=least))[tower] == 1.0
 
 
 @pytest.mark.parametrize("choices", [{}, *PUBLISHED.values(), {"floors": {"language": {"heads": 1, "ranks": 0.5}}}])
