@@ -221,8 +221,7 @@ class _Loop:
         as long as such a step lowers the loss of the first batch further, as in a learning-rate range test
         (Smith 2017, arXiv 1506.01186); the peak is `PEAK` times the best.
         """
-        with torch.enable_grad():
-            results = list(self.pool.map(self._gradients, self.shares))
+        results = list(self.pool.map(self._gradients, self.shares))  # in threads, where gradients are on
         self._collect([grads for grads, _ in results])
         moved = [p for g in self.groups if g["lr"] is None for p in g["params"] if p.grad is not None]
         before, signs = [p.clone() for p in moved], [p.grad.sign() for p in moved]
@@ -250,7 +249,7 @@ class _Loop:
         return float(self.accelerator.reduce(mean, "mean") if self.accelerator.num_processes > 1 else mean)
 
     def _loss(self, share: Share) -> Tensor:
-        with torch.no_grad(), self.accelerator.autocast():  # threads begin with gradients on
+        with torch.no_grad(), self.accelerator.autocast():
             return self.objective.loss(self.state.step, share)[0]
 
     def step(self) -> str:
