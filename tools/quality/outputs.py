@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from quality.methods import METHODS, ORIGINAL, OURS
 from quality.rows import Row
 from quality.settings import SETTINGS
 from quality.summary import Results, checks, spread
-from quality.versions import ROOT
+from quality.versions import commit
 
 KINDS = {"ours": "ours", "pair": "published pairs", "swap": "one axis of ours exchanged", "ablation": "one choice of ours changed"}
 
@@ -34,7 +33,7 @@ def write(out: Path, rows: Sequence[Row], tuned: list[dict[str, Any]], compress_
     """
     out.mkdir(parents=True, exist_ok=True)
     results = Results(rows)
-    head = {"commit": _commit(), "machine": machine_report().description(), "versions": library_versions()}
+    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "summary.json", head | {"checks": checks(results, compress_seconds)})
     _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in rows], "tuned": tuned})
     write_atomically(out / "table.md", table(results, notes))
@@ -196,12 +195,3 @@ def _record(row: Row) -> dict[str, Any]:
 
 def _json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def _commit() -> str:
-    """The commit, `+` where the working tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-    return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))

@@ -1,0 +1,1 @@
+"""What `gpu_checks.py` measures, section by section."""

@@ -1,0 +1,135 @@
+"""Prefill, decode and vision tower in PyTorch: dense against compressed, eager, compiled and as CUDA graphs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu.networks import Shape, build, compress
+
+FLOPS = 0.33
+CAPACITY = 64
+"""Tokens that a decoding cache holds beyond the prompt."""
+MODES = {"eager": None, "compile": "default", "cuda_graphs": "reduce-overhead"}
+"""Name to the mode of torch.compile; its `reduce-overhead` replays CUDA graphs."""
+
+
+def measure(shape: Shape, device: torch.device, batches: tuple[int, ...], modes: list[str], done: Callable[[], bool]) -> dict[str, Any]:
+    """Milliseconds, tokens per second and memory of both networks.
+
+    Args:
+        shape: Of the networks.
+        device: Where they run; in float16 on a GPU, float32 on the CPU.
+        batches: Batch sizes.
+        modes: Names in `MODES`, the most important first.
+        done: Whether time is up; what is left then is not measured.
+
+    Returns:
+        `dense` and `compressed`, each `{part: {batch: {mode: figures}}}` with parts `vision`, `prefill` and `decode`, and
+        `kept`, the fraction of FLOPs of the compressed one.
+    """
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = build(shape, device, dtype)
+    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "dense": _network(model, shape, batches, modes, done)}
+    found["kept"] = compress(model, shape, FLOPS).budget.predicted
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    found["compressed"] = _network(model, shape, batches, modes, done)
+    return found
+
+
+def _network(model: nn.Module, shape: Shape, batches: tuple[int, ...], modes: list[str], done: Callable[[], bool]) -> dict[str, Any]:
+    weight = next(model.parameters())
+    found: dict[str, Any] = {"weights_gib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30}
+    parts = {"vision": _vision, "prefill": _prefill, "decode": _decode}
+    for mode in modes:
+        for part, make in parts.items():
+            for batch in batches:
+                if done():
+                    return found
+                if weight.is_cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                torch.compiler.reset()
+                run, tokens = make(model, shape, batch, mode)
+                figures = _time(run, weight.is_cuda)
+                figures["tokens_per_second"] = 1e3 * tokens / figures["median_ms"]
+                if weight.is_cuda:
+                    figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                found.setdefault(part, {}).setdefault(str(batch), {})[mode] = figures
+    return found
+
+
+def _compiled(run: Callable, mode: str) -> Callable:
+    return run if MODES[mode] is None else torch.compile(run, mode=MODES[mode])
+
+
+def _vision(model: nn.Module, shape: Shape, batch: int, mode: str) -> tuple[Callable[[], Tensor], int]:
+    weight = next(model.parameters())
+    pixels = torch.randn(batch, 3, shape.image, shape.image, device=weight.device, dtype=weight.dtype)
+    forward = _compiled(lambda x: model.model.vision_tower(x).last_hidden_state, mode)
+    return lambda: forward(pixels), batch * (shape.image // shape.patch) ** 2
+
+
+def _prefill(model: nn.Module, shape: Shape, batch: int, mode: str) -> tuple[Callable[[], Tensor], int]:
+    embeds = _embeds(model, shape, batch, shape.prompt)
+
+    def forward(x: Tensor) -> Tensor:
+        return model.lm_head(model.model.language_model(inputs_embeds=x, use_cache=False).last_hidden_state[:, -1:])
+
+    forward = _compiled(forward, mode)
+    return lambda: forward(embeds), batch * shape.prompt
+
+
+def _decode(model: nn.Module, shape: Shape, batch: int, mode: str) -> tuple[Callable[[], Tensor], int]:
+    """One token behind a prompt; the cache is wound back after each, so that every run is the same."""
+    from transformers import StaticCache
+
+    language = model.model.language_model
+    cache = StaticCache(config=language.config, max_cache_len=shape.prompt + CAPACITY)
+    language(inputs_embeds=_embeds(model, shape, batch, shape.prompt), past_key_values=cache, use_cache=True)
+    embeds = _embeds(model, shape, batch, 1)
+
+    def forward(x: Tensor) -> Tensor:
+        return model.lm_head(language(inputs_embeds=x, past_key_values=cache, use_cache=True).last_hidden_state)
+
+    forward = _compiled(forward, mode)
+
+    def run() -> Tensor:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(shape.prompt)
+        return forward(embeds)
+
+    return run, batch
+
+
+def _embeds(model: nn.Module, shape: Shape, batch: int, tokens: int) -> Tensor:
+    weight = next(model.parameters())
+    return torch.randn(batch, tokens, shape.hidden, device=weight.device, dtype=weight.dtype)
+
+
+@torch.no_grad()
+def _time(run: Callable[[], Tensor], cuda: bool, rounds: int = 20, warm_up: int = 3) -> dict[str, float]:
+    """Order statistics of a run, warm; on a GPU by events."""
+    for _ in range(warm_up):
+        out = run()
+    if not torch.isfinite(out.float()).all():
+        raise FloatingPointError("the network's output is not finite")
+    taken = []
+    for _ in range(rounds):
+        if cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            run()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return {"median_ms": statistics.median(taken), "min_ms": min(taken), "max_ms": max(taken), "n": rounds}

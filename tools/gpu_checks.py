@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+"""Measures everything that needs an NVIDIA GPU, in one command, and writes JSON.
+
+    python tools/gpu_checks.py                     # into benchmarks/gpu/<device>.json, within 8 minutes
+    python tools/gpu_checks.py --device cpu        # the same way through at toy sizes, where there is no GPU
+
+Dense and compressed LLaVA-1.5-7B shapes with random weights in PyTorch; then the package: training on the device, engines
+of ONNX Runtime and TensorRT as far as they are installed. A section that fails is written down with its reason and costs
+the others nothing; what does not fit into the time is left out, and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES = 8.0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
+    parser.add_argument("--shape", help="llava7b or small (default: llava7b on a GPU, small on the CPU)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing new begins (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu", help="directory (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+class Checks:
+    """Sections with their results, until time is up."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+        self.sections: dict[str, Any] = {}
+        self.not_measured: list[dict[str, str]] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def done(self) -> bool:
+        return self.left <= 0
+
+    def skip(self, name: str, reason: str) -> None:
+        self.not_measured.append({"what": name, "reason": reason})
+        print(f"SKIPPED | {name} | {reason}", flush=True)
+
+    def section(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Runs one; what it raises is its result."""
+        if self.done():
+            return self.skip(name, "no time was left")
+        begin = time.monotonic()
+        try:
+            self.sections[name] = run()
+        except Exception as e:  # one section must not cost the others
+            traceback.print_exc()
+            return self.skip(name, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}")
+        print(f"MEASURED | {name} | {time.monotonic() - begin:.0f} s", flush=True)
+        return None
+
+
+def figures(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks, `torch.<shape>.<part>.b<batch>.<mode>.speedup`: the dense network's median over the compressed one's."""
+    found = []
+    for name, section in sections.items():
+        if not name.startswith("torch."):
+            continue
+        for part in ("vision", "prefill", "decode"):
+            for batch, modes in section["compressed"].get(part, {}).items():
+                for mode, after in modes.items():
+                    before = section["dense"][part][batch][mode]
+                    found.append({"name": f"{name}.{part}.b{batch}.{mode}.speedup", "value": before["median_ms"] / after["median_ms"]})
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs every section that this machine has the parts for; 0 if it ran."""
+    args = parse(arguments)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    import torch
+    from gpu import package, pytorch
+    from gpu.networks import SHAPES
+    from quality.versions import commit
+
+    from infoprune_export.compress.devices import find_device
+    from infoprune_export.engines import flavours
+    from infoprune_export.engines.machine import machine_report
+    from infoprune_export.errors import InfoPruneError
+    from infoprune_export.pipeline import library_versions
+
+    try:
+        device = find_device(args.device)
+    except InfoPruneError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    cuda = device.type == "cuda"
+    shape = SHAPES[args.shape or ("llava7b" if cuda else "small")]
+    checks = Checks(60 * args.minutes)
+    modes = list(pytorch.MODES) if cuda else ["eager"]
+    if not cuda:
+        checks.skip("torch.compile, CUDA graphs", "no GPU here")
+    with tempfile.TemporaryDirectory() as work:
+        half = checks.end - 30 * args.minutes  # the networks may take one half of the time
+        checks.section(
+            f"torch.{shape.name}",
+            lambda: pytorch.measure(shape, device, (1, 8) if cuda else (1, 2), modes, lambda: time.monotonic() > half),
+        )
+        checks.section("train", lambda: package.train(str(device), Path(work), checks.left))
+        targets = ["ort", *(["trt"] if flavours.installed() else [])]
+        if "trt" not in targets:
+            checks.skip("tensorrt", "neither flavour is installed")
+        checks.section("engines", lambda: package.engines(targets, Path(work), checks.left))
+    name = torch.cuda.get_device_name(device) if cuda else "cpu"
+    result = {
+        "commit": commit(),
+        "machine": machine_report().description() | {"device": name},
+        "versions": library_versions(),
+        "checks": figures(checks.sections),
+        "sections": checks.sections,
+        "not_measured": checks.not_measured,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
