@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from infoprune_export.errors import InputError
+from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job, Options, resolve
 
 
@@ -46,3 +46,27 @@ def test_no_calibration_data_is_an_error(tmp_path):
     job.recipe = job.recipe.model_copy(update={"calibration": []})
     with pytest.raises(InputError, match="no calibration data"):
         _ = job.batches
+
+
+@pytest.mark.parametrize(
+    ("update", "processes", "missing"),
+    [
+        ({}, 1, None),  # one process on the CPU trains without either
+        ({}, 2, "accelerate"),
+        ({"method": "lora"}, 1, "peft"),
+    ],
+)
+def test_what_training_needs_is_asked_for_before_the_work(tmp_path, monkeypatch, update, processes, missing):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    recipe = resolve("tiny-llava", {"train_steps": 5})
+    recipe = recipe.model_copy(update={"recovery": recipe.recovery.model_copy(update=update)})
+    job = Job(recipe, Options(out=tmp_path / "out", device="cpu"))
+    if missing is None:
+        job.check_training()
+        return
+    with pytest.raises(MissingRequirement, match=f"this training needs {missing}") as refused:
+        job.check_training()
+    assert "infoprune-export[train]" in refused.value.mend
+    job.recipe = recipe.model_copy(update={"train_steps": 0})
+    job.check_training()
