@@ -46,8 +46,12 @@ def fitting(samples: Sequence[Sample], context: int | None, warn: Callable[[str]
     return fit
 
 
-def make_batches(samples: Sequence[Sample], size: int = 16) -> list[Batch]:
-    """Groups samples of equal length and equal number of images.
+MOST_SAMPLES, MOST_TOKENS = 16, 2048
+"""In one batch: a backward pass keeps every layer's activations, about half a megabyte a token and layer in a model of 7B."""
+
+
+def make_batches(samples: Sequence[Sample]) -> list[Batch]:
+    """Groups samples of equal length and equal number of images, so many that a backward pass fits into memory.
 
     The loss is on the answer's tokens; where a sample has no answer, on every text token after the first.
     """
@@ -56,7 +60,8 @@ def make_batches(samples: Sequence[Sample], size: int = 16) -> list[Batch]:
         images = 0 if s.pixel_values is None else len(s.pixel_values)
         groups.setdefault((len(s.prompt_ids) + len(s.answer_ids), images), []).append(s)
     batches = []
-    for (_, images), group in sorted(groups.items()):
+    for (length, images), group in sorted(groups.items()):
+        size = min(MOST_SAMPLES, max(1, MOST_TOKENS // length))
         for start in range(0, len(group), size):
             batches.append(_batch(group[start : start + size], images > 0))
     return batches

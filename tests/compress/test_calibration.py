@@ -23,12 +23,18 @@ def test_without_an_answer_every_text_token_is_a_target():
     assert batch.targets.tolist() == [[11, 12, -100]]
 
 
-def test_lengths_and_images_are_never_mixed_and_nothing_is_lost():
+def test_lengths_and_images_are_never_mixed_and_nothing_is_lost(monkeypatch):
+    monkeypatch.setattr("infoprune_export.compress.calibration.MOST_SAMPLES", 4)
     samples = [_sample(3, 1), _sample(2, 2), _sample(5, 1), _sample(3, 1, image=False)] * 3
-    batches = make_batches(samples, size=4)
+    batches = make_batches(samples)
     assert sum(b.samples for b in batches) == 12
     assert sorted(b.samples for b in batches) == [2, 3, 3, 4]
     assert sum("pixel_values" not in b.inputs for b in batches) == 1
+
+
+@pytest.mark.parametrize(("length", "size"), [(80, 16), (640, 3), (5000, 1)])
+def test_longer_questions_come_in_smaller_batches(length, size):
+    assert max(b.samples for b in make_batches([_sample(length - 1, 1)] * 20)) == size
 
 
 def test_questions_longer_than_the_context_are_left_out_and_counted():
