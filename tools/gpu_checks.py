@@ -17,9 +17,6 @@ import os
 import re
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +35,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing new begins (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu", help="directory (default: %(default)s)")
     return parser.parse_args(arguments)
-
-
-class Checks:
-    """Sections with their results, until time is up."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-        self.sections: dict[str, Any] = {}
-        self.not_measured: list[dict[str, str]] = []
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
-
-    def done(self) -> bool:
-        return self.left <= 0
-
-    def skip(self, name: str, reason: str) -> None:
-        self.not_measured.append({"what": name, "reason": reason})
-        print(f"SKIPPED | {name} | {reason}", flush=True)
-
-    def section(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Runs one; what it raises is its result."""
-        if self.done():
-            return self.skip(name, "no time was left")
-        begin = time.monotonic()
-        try:
-            self.sections[name] = run()
-        except Exception as e:  # one section must not cost the others
-            traceback.print_exc()
-            return self.skip(name, f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}")
-        print(f"MEASURED | {name} | {time.monotonic() - begin:.0f} s", flush=True)
-        return None
 
 
 def figures(sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,8 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     import torch
     from gpu import package, pytorch
-    from gpu.networks import SHAPES
     from quality.versions import commit
+    from sections import Sections
+    from shapes import SHAPES
 
     from infoprune_export.compress.devices import find_device
     from infoprune_export.engines import flavours
@@ -111,15 +75,15 @@ def main(arguments: list[str] | None = None) -> int:
         return e.exit_code
     cuda = device.type == "cuda"
     shape = SHAPES[args.shape or ("llava7b" if cuda else "small")]
-    checks = Checks(60 * args.minutes)
+    checks = Sections(60 * args.minutes)
     modes = list(pytorch.MODES) if cuda else ["eager"]
     if not cuda:
         checks.skip("torch.compile, CUDA graphs", "no GPU here")
     with tempfile.TemporaryDirectory() as work:
-        half = checks.end - 30 * args.minutes  # the networks may take one half of the time
+        half = 30 * args.minutes  # the networks may take one half of the time
         checks.section(
             f"torch.{shape.name}",
-            lambda: pytorch.measure(shape, device, (1, 8) if cuda else (1, 2), modes, lambda: time.monotonic() > half),
+            lambda: pytorch.measure(shape, device, (1, 8) if cuda else (1, 2), modes, lambda: checks.left < half),
         )
         checks.section("train", lambda: package.train(str(device), Path(work), checks.left))
         targets = ["ort", *(["trt"] if flavours.installed() else [])]
@@ -131,8 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
         "commit": commit(),
         "machine": machine_report().description() | {"device": name},
         "versions": library_versions(),
-        "checks": figures(checks.sections),
-        "sections": checks.sections,
+        "checks": figures(checks.found),
+        "sections": checks.found,
         "not_measured": checks.not_measured,
     }
     args.out.mkdir(parents=True, exist_ok=True)

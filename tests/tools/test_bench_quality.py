@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bench_quality  # noqa: E402
 from networks import IMAGE_TOKEN, IMAGE_TOKENS, build, inputs  # noqa: E402
 from quality import campaign, outputs, work  # noqa: E402
-from quality.campaign import BEST_PAIR, Tuned, only, quick_stage, stages  # noqa: E402
+from quality.campaign import BEST_PAIR, Tuned, describe, only, quick_stage, stages  # noqa: E402
 from quality.exam import Exam, grow  # noqa: E402
 from quality.methods import ABLATIONS, CANDIDATES, METHODS, OURS, PAIRS, SWAPS  # noqa: E402
 from quality.rows import Row, RowFile, Task, Versions  # noqa: E402
@@ -72,6 +72,12 @@ def test_swaps_and_ablations_are_no_baselines_and_what_failed_has_no_accuracy():
     rows += [Row("x", Task("tiny", GOOD, 0.5), failed="cannot be reached")]
     assert Results(rows).best_baseline("tiny.free.0.5") == POOR
     assert values(rows) == {"tiny.free.0.5.minus_best_baseline": 50.0}
+
+
+def test_one_line_says_what_was_measured_or_why_not():
+    assert describe(row(GOOD, 0.9)).startswith(f"tiny.free.0.5 {GOOD} seed 0 (test): 0.9000 (a 0.800 b 1.000)")
+    assert describe(Row("x", Task("tiny", GOOD, 0.5), failed="cannot be reached")).endswith(": cannot be reached")
+    assert describe(Row("x", Task("smol", "ours", 0.6, split=None), seconds={"compress": 91.7})) == "smol.free.0.6 ours seed 0 (time): 92 s"
 
 
 def test_rows_of_the_validation_split_are_not_reported():

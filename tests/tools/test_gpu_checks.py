@@ -15,7 +15,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import gpu_checks  # noqa: E402
 from gpu import pytorch  # noqa: E402
-from gpu.networks import SHAPES, build, compress  # noqa: E402
+from sections import Sections  # noqa: E402
+from shapes import SHAPES, build, compress  # noqa: E402
 
 from infoprune_export.compress.lowrank import LowRankLinear  # noqa: E402
 from infoprune_export.models.families import find_anatomy  # noqa: E402
@@ -67,13 +68,13 @@ def test_decoding_is_from_the_same_place_every_time():
 
 
 def test_a_section_that_fails_is_written_down_and_costs_the_others_nothing(capsys):
-    checks = gpu_checks.Checks(60)
+    checks = Sections(60)
     checks.section("broken", lambda: 1 / 0)
     checks.section("whole", lambda: {"figure": 1})
-    assert checks.sections == {"whole": {"figure": 1}}
+    assert checks.found == {"whole": {"figure": 1}}
     assert checks.not_measured == [{"what": "broken", "reason": "ZeroDivisionError: division by zero"}]
     assert "SKIPPED | broken" in capsys.readouterr().out
-    late = gpu_checks.Checks(0)
+    late = Sections(0)
     late.section("late", lambda: pytest.fail("began after its time"))
     assert late.not_measured == [{"what": "late", "reason": "no time was left"}]
 

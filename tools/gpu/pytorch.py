@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from shapes import Shape, build, compress
 from torch import Tensor, nn
-
-from gpu.networks import Shape, build, compress
 
 FLOPS = 0.33
 CAPACITY = 64

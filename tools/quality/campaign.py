@@ -172,6 +172,8 @@ def describe(row: Row) -> str:
     """One line for a person."""
     if row.failed:
         return f"{row.task}: {row.failed}"
+    if not row.accuracy:
+        return f"{row.task}: {' + '.join(f'{v:.0f}' for v in row.seconds.values())} s"
     parts = " ".join(f"{name} {value:.3f}" for name, value in row.accuracy.items())
     return f"{row.task}: {row.mean:.4f} ({parts}) {' + '.join(f'{v:.0f}' for v in row.seconds.values())} s"
 

@@ -14,7 +14,7 @@ from infoprune_export.compress.surgery import shape_as_planned
 from infoprune_export.models.anatomy import Anatomy, site
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.plans import Plan, Source
-from infoprune_export.recipe import Criterion, Workload
+from infoprune_export.recipe import Criterion, Scope, Workload
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,31 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
         return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
-def compress(model: nn.Module, shape: Shape, flops: float) -> Plan:
+def compress(model: nn.Module, shape: Shape, flops: float, *, each: bool = False) -> Plan:
     """Gives a network the shapes of one that keeps a fraction of its FLOPs, in place: every layer and matrix keeps the same share.
 
     Which heads go, and what the factors hold, makes no difference to time and memory: both are random.
+
+    Args:
+        model: Changed.
+        shape: Its sizes.
+        flops: Fraction kept.
+        each: Vision tower and language model keep that fraction each of their own, and not of the whole.
     """
     anatomy = find_anatomy(model)
-    plan = decide(
+    plan = _even_plan(model, anatomy, shape, flops, "vision" if each else "all")
+    if each:
+        language = _even_plan(model, anatomy, shape, flops, "language")
+        plan.layers = [(language if x.tower == "language" else plan).decision(x.tower, x.layer) for x in plan.layers]
+    weight = next(model.parameters())
+    with _made_as(weight.device, weight.dtype):
+        shape_as_planned(model, plan)
+    model.requires_grad_(False)
+    return plan
+
+
+def _even_plan(model: nn.Module, anatomy: Anatomy, shape: Shape, flops: float, scope: Scope) -> Plan:
+    return decide(
         model,
         anatomy,
         _nothing_seen(anatomy),
@@ -90,13 +108,8 @@ def compress(model: nn.Module, shape: Shape, flops: float) -> Plan:
             image_tokens=anatomy.geometry.image_tokens, text_tokens=max(1, shape.prompt - anatomy.geometry.image_tokens), new_tokens=16
         ),
         flops=flops,
-        scope="all",
+        scope=scope,
     )
-    weight = next(model.parameters())
-    with _made_as(weight.device, weight.dtype):
-        shape_as_planned(model, plan)
-    model.requires_grad_(False)
-    return plan
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+"""The speed benchmark at toy sizes: what it measures and how it says it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_speed  # noqa: E402
+from shapes import SHAPES  # noqa: E402
+from speed import bundles, slices  # noqa: E402
+
+TIMES = {"median_ms": 10.0}
+FOUND = {
+    "llava7b": {"prefill": {"dense": TIMES, "compressed": {"median_ms": 4.0}, "speedup": 2.5, "kept": 0.33, "efficiency": 0.825}},
+    "tiny": {
+        "latency": {
+            "ort": {
+                "end_to_end": {"original": TIMES, "compressed": {"median_ms": 5.0}, "speedup": 2.0, "flops_kept": 0.33},
+            }
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    sizes = {
+        "hidden": 128,
+        "layers": 3,
+        "heads": 8,
+        "ffn": 512,
+        "vision_hidden": 64,
+        "vision_heads": 8,
+        "vision_ffn": 256,
+        "rank_multiple": 4,
+    }
+    return slices.measure(replace(SHAPES["small"], **sizes), tmp_path_factory.mktemp("slices"), threads=1, seconds=0.2)
+
+
+def test_every_part_keeps_at_most_its_share_and_efficiency_is_speedup_times_that(measured):
+    assert list(measured) == ["vision", "prefill", "decode"]
+    for part, x in measured.items():
+        assert x["dense"]["n"] == x["compressed"]["n"] >= 3
+        assert x["speedup"] == x["dense"]["median_ms"] / x["compressed"]["median_ms"]
+        assert x["efficiency"] == pytest.approx(x["speedup"] * x["kept"])
+        assert 0.2 < x["kept"] < 0.6, part
+
+
+def test_slices_have_true_sizes():
+    shape = slices.slice_of(4)
+    assert (shape.layers, shape.vision_layers, shape.hidden, shape.ffn, shape.prompt) == (4, 5, 4096, 11008, 640)
+
+
+def test_figures_and_table():
+    assert bench_speed.figures(FOUND) == [
+        {"name": "llava7b.prefill.efficiency", "value": 0.825},
+        {"name": "tiny.end_to_end.speedup", "value": 2.0},
+    ]
+    text = bench_speed.table(FOUND, [{"what": "smol", "reason": "not built"}], 2)
+    assert "| LLaVA-1.5-7B, slices | prefill | 10 ms | 4 ms | 2.50x | 0.330 | 82% |" in text
+    assert "| tiny-llava | end_to_end | 10 ms | 5 ms | 2.00x | 0.330 | 66% |" in text
+    assert "- Not measured: smol (not built)" in text
+
+
+def test_a_section_that_fails_is_named_and_the_rest_is_written(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("exit code 2: no such recipe")
+
+    monkeypatch.setattr(bundles, "measure", fail)
+    assert bench_speed.main(["--only", "tiny", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["checks"] == []
+    assert json.loads((tmp_path / "results.json").read_text())["not_measured"] == [
+        {"what": "tiny", "reason": "RuntimeError: exit code 2: no such recipe"}
+    ]
+    assert "exit code 2" in (tmp_path / "table.md").read_text()

@@ -1,0 +1,1 @@
+"""What `bench_speed.py` measures, section by section."""
