@@ -105,6 +105,17 @@ def test_it_learns_and_its_factors_carry_what_it_learned(networks, method, tmp_p
     assert torch.equal(rebuilt(**x).logits, student(**x).logits)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_without_a_rate_one_is_found_that_learns(networks, method):
+    teacher, student, plan = networks
+    rows = make_rows_of()
+    before = loss_of(student, teacher, plan, rows)
+    settings = FAST.model_copy(update={"method": method, "lora_rank": 4, "rate": None})
+    found = recover(student, teacher, plan, rows, settings, steps=30).training.rate
+    assert 1e-6 < found < 5e-2
+    assert loss_of(student, teacher, plan, rows) < 0.9 * before
+
+
 def test_only_the_tower_that_was_cut_and_the_projector_are_trained():
     teacher, student = build(), build()
     plan = make_plan(student, "language")
