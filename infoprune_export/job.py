@@ -128,9 +128,11 @@ class Job:
 
     @cached_property
     def device(self) -> torch.device:
-        from infoprune_export.compress.devices import find_device
+        from infoprune_export.compress.devices import device_with_room
 
-        return find_device(self.options.device)
+        networks = 2 if self.recipe.train_steps else 1  # training has the original beside the compressed one
+        needed = round(networks * 1.2 * 4 * self.checkpoint.parameters)  # float32, and room for moments and activations
+        return device_with_room(self.options.device, needed, self.progress.note)
 
     @cached_property
     def original(self) -> nn.Module:

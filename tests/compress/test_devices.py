@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from infoprune_export.compress.devices import find_device
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.compress.devices import device_with_room, find_device
+from infoprune_export.errors import InputError, MissingRequirement, NotEnough
 
 
 @pytest.fixture
@@ -45,3 +45,20 @@ def test_other_names_are_refused(gpus, name, error):
     with pytest.raises(InputError, match=error) as refused:
         find_device(name)
     assert refused.value.mend == "name cpu, cuda or cuda:N"
+
+
+def test_a_gpu_without_room_is_refused_by_name_and_passed_over_without(gpus, monkeypatch):
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * 2**30, 8 * 2**30))
+    told = []
+    assert device_with_room(None, 3 * 2**30, told.append) == torch.device("cuda:0") and not told
+    assert device_with_room(None, 4 * 2**30, told.append) == torch.device("cpu")
+    assert told == ["this takes about 4.0 GiB on cuda:0, where 3.0 GiB are free: computing on the CPU"]
+    with pytest.raises(NotEnough, match=r"about 4\.0 GiB on cuda:0") as refused:
+        device_with_room("cuda", 4 * 2**30, told.append)
+    assert refused.value.exit_code == 4 and "--device cpu" in refused.value.mend
+
+
+def test_the_cpu_is_not_asked_how_much_it_has(gpus):
+    gpus(0)
+    assert device_with_room(None, 2**60, print) == torch.device("cpu")
