@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.compress.statistics import Moments, Statistics
+from infoprune_export.compress.moments import Moments
+from infoprune_export.compress.statistics import Statistics
 from infoprune_export.models.anatomy import Attention, FeedForward, Layer, Linear
 
 SITE = "language.0.o"

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from infoprune_export.compress.decide import decide
-from infoprune_export.compress.statistics import Moments, Statistics
+from infoprune_export.compress.moments import Moments
+from infoprune_export.compress.statistics import Statistics
 from infoprune_export.compress.surgery import shape_as_planned
 from infoprune_export.models.anatomy import Anatomy, site
 from infoprune_export.models.families import find_anatomy

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from infoprune_export.compress.heads import fold_mean, refit_output
 from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, seen_before, weighting
-from infoprune_export.compress.statistics import Batch, Moments, Statistics, TokenWeights, at_input, observer
+from infoprune_export.compress.moments import Moments, TokenWeights
+from infoprune_export.compress.statistics import Batch, Statistics, at_input, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.models.anatomy import Layer, Tower, site
 from infoprune_export.plans import Factors, Plan

@@ -21,8 +21,9 @@ from infoprune_export.compress.concrete import Gates, draw, open_probability, se
 from infoprune_export.compress.decide import least_units, score_units
 from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
-from infoprune_export.compress.recover import Taps, divergence, to
+from infoprune_export.compress.recover import divergence
 from infoprune_export.compress.statistics import Statistics
+from infoprune_export.compress.taps import Taps
 from infoprune_export.compress.training import Share, generator, train
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Anatomy
@@ -273,7 +274,7 @@ class HeadSearch:
 
     def _answers(self, packed: Packed) -> Tensor:
         """Logits at the positions with a target, shape [targets, vocabulary] float32."""
-        _, states = self.taps.run(to(packed.inputs, self.device))
+        _, states = self.taps.run(packed.inputs)
         return self.head(states[(packed.targets != IGNORE).to(self.device)]).float()
 
 

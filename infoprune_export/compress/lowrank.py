@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.information import spectrum_of_moment, symmetric_power
-from infoprune_export.compress.statistics import InputScale, Moments, Statistics, input_side
+from infoprune_export.compress.moments import InputScale, Moments
+from infoprune_export.compress.statistics import Statistics, input_side
 from infoprune_export.models.anatomy import Linear
 from infoprune_export.recipe import WeightingName
 

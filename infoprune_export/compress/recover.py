@@ -8,7 +8,6 @@ embeddings stay, so that what was learned is carried by the factors.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infoprune_export.compress.adapters import Adapters
 from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.compress.packing import IGNORE, Row, pack
+from infoprune_export.compress.taps import Taps, tap_points
 from infoprune_export.compress.training import Share, Validation, train
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Anatomy
 from infoprune_export.plans import Plan, TrainingRecord
 from infoprune_export.progress import Progress
@@ -184,7 +185,7 @@ class Distillation:
         chosen = share.take(self.batch(step))
         packed = pack([self.rows[i] for i in chosen])
         lessons = [self.lessons[i] for i in chosen]
-        hidden, states = self.taps[0].run(to(packed.inputs, self.device))
+        hidden, states = self.taps[0].run(packed.inputs)
         wanted = packed.targets != IGNORE
         logits = self.student.get_submodule(self.anatomy.head_path)(states[wanted.to(self.device)]).float()
         answered = torch.tensor([self.rows[i].answered for i in chosen])[:, None].expand_as(wanted)[wanted]
@@ -214,7 +215,7 @@ class Distillation:
         """What the original says about a row, asked about it alone: so it does not matter when it is asked."""
         packed = pack([self.rows[row]])
         with torch.no_grad():
-            hidden, states = self.taps[1].run(to(packed.inputs, self.device))
+            hidden, states = self.taps[1].run(packed.inputs)
             logits = self.teacher.get_submodule(self.anatomy.head_path)(states[(packed.targets != IGNORE).to(self.device)])
         return Lesson(logits.float().cpu(), {tap: h[0].bfloat16().cpu() for tap, h in hidden.items()})
 
@@ -238,77 +239,6 @@ def epoch_batches(lengths: tuple[int, ...], size: int, seed: int, epoch: int) ->
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-class Adapters:
-    """Low-rank updates (LoRA, Hu et al. 2021) of linear maps through `peft`; low-rank pairs get one on each of their maps.
-
-    Args:
-        model: Frozen; changed in place.
-        paths: The maps.
-        rank: Of each update.
-        seed: For the updates' first factors; the second ones begin at zero.
-
-    Raises:
-        MissingRequirement: `peft` is not installed.
-    """
-
-    def __init__(self, model: nn.Module, paths: Sequence[str], rank: int, seed: int):
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise MissingRequirement("recovery by LoRA needs peft", mend='pip install "infoprune-export[train]"') from None
-        self.model = model
-        self.linears = [
-            name for path in paths for name, m in model.get_submodule(path).named_modules(prefix=path) if isinstance(m, nn.Linear)
-        ]
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.linears, bias="none")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inject_adapter_in_model(config, model)
-
-    def merge(self) -> None:
-        """Adds the updates to the maps and takes the adapters away."""
-        for name in self.linears:
-            adapted = self.model.get_submodule(name)
-            adapted.merge()
-            self.model.set_submodule(name, adapted.get_base_layer())
-
-
-class Taps:
-    """Runs a model and takes the outputs of some of its modules on the way; threads do not disturb one another."""
-
-    def __init__(self, model: nn.Module, paths: Sequence[str]):
-        self.model, self.taken = model, threading.local()
-        self.handles = [model.get_submodule(path).register_forward_hook(self._hook(path)) for path in paths]
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, path: str):
-        def take(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
-            if (found := getattr(self.taken, "found", None)) is not None:
-                found[path] = output[0] if isinstance(output, tuple) else output
-
-        return take
-
-    def run(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Outputs of the modules by path, and the last hidden states in front of the head."""
-        self.taken.found = {}
-        try:
-            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            return self.taken.found, states
-        finally:
-            self.taken.found = None
-
-
-def tap_points(anatomy: Anatomy, every: int) -> list[str]:
-    """Modules whose outputs are compared: every few layers and the last of both towers, and the projector; none for 0."""
-    if not every:
-        return []
-    points = [x.path for t in (anatomy.vision, anatomy.language) for x in t.layers if (x.index + 1) % every == 0 or x is t.layers[-1]]
-    return [*points, anatomy.projector[-1].path] if anatomy.projector else points
-
-
 def divergence(logits: Tensor, taught: Tensor, temperature: float) -> Tensor:
     """`T^2 KL(teacher || student)` of predictions softened by T, mean over positions; both [positions, vocabulary]."""
     log_p, log_q = ((x / temperature).log_softmax(-1) for x in (taught, logits))
@@ -328,10 +258,6 @@ def distance(student: Tensor, taught: Sequence[Tensor], real: Tensor | None) -> 
     return ((own - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)).mean()
 
 
-def to(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
-
-
 @torch.no_grad()
 def answers_right(model: nn.Module, anatomy: Anatomy, rows: Sequence[Row], batch: int = 16) -> list[list[bool]]:
     """Row by row and question by question, whether greedy decoding gives exactly the answer.
@@ -346,7 +272,7 @@ def answers_right(model: nn.Module, anatomy: Anatomy, rows: Sequence[Row], batch
         chosen = order[start : start + batch]
         packed = pack([rows[i] for i in chosen])
         wanted = packed.targets != IGNORE
-        _, states = taps.run(to(packed.inputs, device))
+        _, states = taps.run(packed.inputs)
         correct = torch.ones_like(packed.real)
         correct[wanted] = head(states[wanted.to(device)]).argmax(-1).cpu() == packed.targets[wanted]
         for i, ok, owners in zip(chosen, correct, packed.owners, strict=True):

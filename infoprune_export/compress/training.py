@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.compress.accelerators import OneProcess, make_accelerator
+from infoprune_export.errors import InputError
 from infoprune_export.launched import processes
 from infoprune_export.progress import Progress, Silent
 
@@ -189,7 +189,7 @@ class _Loop:
 
     def __init__(self, objective: Objective, steps: int, device: torch.device, threads: int | None, alone: bool):
         self.objective, self.steps, self.state = objective, steps, _State()
-        self.accelerator = _Plain() if alone or (device.type == "cpu" and processes() == 1) else make_accelerator(device)
+        self.accelerator = OneProcess() if alone or (device.type == "cpu" and processes() == 1) else make_accelerator(device)
         self.groups = objective.parameter_groups()
         self.parameters = [p for g in self.groups for p in g["params"]]
         own = [{k: v for k, v in g.items() if k not in ("clip", "constant", "lr")} for g in self.groups]
@@ -338,24 +338,3 @@ def schedule(step: int, steps: int) -> float:
         return (step + 1) / rising
     done = (step - rising) / max(1, steps - rising)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class _Plain:
-    """One process in full precision: what of accelerate's interface the loop needs then."""
-
-    num_processes, process_index, is_main_process = 1, 0, True
-    autocast = nullcontext
-
-
-def make_accelerator(device: torch.device) -> Any:
-    """Mixed precision on CUDA, and the other processes of a launch.
-
-    Raises:
-        MissingRequirement: `accelerate` is not installed.
-    """
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise MissingRequirement("training needs accelerate", mend='pip install "infoprune-export[train]"') from None
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if half else "no")

@@ -7,7 +7,8 @@ from networks import build, inputs
 
 from infoprune_export.compress.calibration import Sample, make_batches
 from infoprune_export.compress.evidence import gather_for, gather_task, passes, task_loss
-from infoprune_export.compress.statistics import Batch, InputScale, Moments
+from infoprune_export.compress.moments import InputScale, Moments
+from infoprune_export.compress.statistics import Batch
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import site
 from infoprune_export.models.families import find_anatomy

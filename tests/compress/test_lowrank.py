@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from infoprune_export.compress.lowrank import Weighting, factorise, nothing_seen, spectrum, weighting
-from infoprune_export.compress.statistics import InputScale, Moments, Statistics
+from infoprune_export.compress.moments import InputScale, Moments
+from infoprune_export.compress.statistics import Statistics
 from infoprune_export.models.anatomy import Linear
 
 

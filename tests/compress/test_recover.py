@@ -8,8 +8,9 @@ import torch
 from networks import IMAGE_TOKEN, IMAGE_TOKENS, build, inputs
 
 from infoprune_export.compress.packing import make_rows, pack
-from infoprune_export.compress.recover import Distillation, answers_right, distance, divergence, recover, tap_points
+from infoprune_export.compress.recover import Distillation, answers_right, distance, divergence, recover
 from infoprune_export.compress.surgery import apply_plan
+from infoprune_export.compress.taps import tap_points
 from infoprune_export.compress.training import WHOLE, Share, train
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from infoprune_export.compress.statistics import InputScale, Moments, TokenWeights
+from infoprune_export.compress.moments import InputScale, Moments, TokenWeights
 
 IMAGE = 9
 IDS = torch.tensor([[IMAGE, IMAGE, IMAGE, IMAGE, 1, 2], [IMAGE, IMAGE, 1, 2, 3, 4]])
