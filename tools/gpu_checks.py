@@ -39,16 +39,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def figures(sections: dict[str, Any]) -> list[dict[str, Any]]:
     """The checks, `torch.<shape>.<part>.b<batch>.<mode>.speedup`: the dense network's median over the compressed one's."""
-    found = []
-    for name, section in sections.items():
-        if not name.startswith("torch."):
-            continue
-        for part in ("vision", "prefill", "decode"):
-            for batch, modes in section["compressed"].get(part, {}).items():
-                for mode, after in modes.items():
-                    before = section["dense"][part][batch][mode]
-                    found.append({"name": f"{name}.{part}.b{batch}.{mode}.speedup", "value": before["median_ms"] / after["median_ms"]})
-    return found
+    return [
+        {"name": f"{name}.{part}.b{batch}.{mode}.speedup", "value": found["speedup"]}
+        for name, section in sections.items()
+        if name.startswith("torch.")
+        for part, by_batch in section["times"].items()
+        for batch, by_mode in by_batch.items()
+        for mode, found in by_mode.items()
+        if "speedup" in found
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ class Shape:
     """Sizes of a LLaVA with a CLIP tower and a Llama decoder.
 
     Attributes:
+        vision_layers: Of the checkpoint, of which LLaVA never runs the last one: networks are made without it.
         prompt: Tokens of a prompt, those of the image included; where decoding begins.
         rank_multiple: Of the compressed feed-forwards' ranks.
     """
@@ -56,7 +57,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     vision = CONFIG_MAPPING["clip_vision_model"](
         hidden_size=shape.vision_hidden,
         intermediate_size=shape.vision_ffn,
-        num_hidden_layers=shape.vision_layers,
+        num_hidden_layers=shape.vision_layers - 1,
         num_attention_heads=shape.vision_heads,
         image_size=shape.image,
         patch_size=shape.patch,
@@ -69,7 +70,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
         vocab_size=shape.vocabulary,
         max_position_embeddings=4096,
     )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=shape.vocabulary - 1, vision_feature_layer=-2)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=shape.vocabulary - 1, vision_feature_layer=-1)
     with _made_as(device, dtype):
         torch.manual_seed(0)
         return LlavaForConditionalGeneration(config).eval().requires_grad_(False)

@@ -47,16 +47,27 @@ def test_the_published_shape_is_that_of_the_recipe():
 
 def test_all_parts_are_measured_until_time_is_up():
     found = pytorch.measure(SHAPES["small"], CPU, (1, 2), ["eager"], lambda: False)
-    for network in ("dense", "compressed"):
-        for part in ("vision", "prefill", "decode"):
-            assert {b: sorted(found[network][part][b]["eager"]) for b in ("1", "2")} == {
-                b: ["max_ms", "median_ms", "min_ms", "n", "tokens_per_second"] for b in ("1", "2")
-            }
-    assert found["compressed"]["weights_gib"] < found["dense"]["weights_gib"]
+    assert {(part, *sorted(batches)) for part, batches in found["times"].items()} == {(part, "1", "2") for part in pytorch.PARTS}
+    x = found["times"]["decode"]["2"]["eager"]
+    assert x["speedup"] == x["dense"]["median_ms"] / x["compressed"]["median_ms"]
+    assert sorted(x["dense"]) == ["max_ms", "median_ms", "min_ms", "n", "tokens_per_second"]
+    assert found["weights_gib"]["compressed"] < found["weights_gib"]["dense"] and found["kept"] <= 0.33
     names = [c["name"] for c in gpu_checks.figures({"torch.small": found})]
     assert len(names) == 6 and "torch.small.decode.b2.eager.speedup" in names
     early = pytorch.measure(SHAPES["small"], CPU, (1,), ["eager"], lambda: True)
-    assert "decode" not in early["dense"] and gpu_checks.figures({"torch.small": early}) == []
+    assert early["times"] == {} and gpu_checks.figures({"torch.small": early}) == []
+
+
+def test_a_mode_that_fails_is_written_down_and_costs_the_others_nothing(monkeypatch):
+    def no_compiler(*arguments, **options):
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    found = pytorch.measure(SHAPES["small"], CPU, (1,), ["eager", "compile"], lambda: False)
+    for part in pytorch.PARTS:
+        assert found["times"][part]["1"]["compile"] == {"failed": "RuntimeError: no C++ compiler"}
+        assert found["times"][part]["1"]["eager"]["speedup"] > 0
+    assert len(gpu_checks.figures({"torch.small": found})) == 3
 
 
 def test_decoding_is_from_the_same_place_every_time():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 FLOPS = 0.33
 CAPACITY = 64
 """Tokens that a decoding cache holds beyond the prompt."""
-MODES = {"eager": None, "compile": "default", "cuda_graphs": "reduce-overhead"}
-"""Name to the mode of torch.compile; its `reduce-overhead` replays CUDA graphs."""
+MODES = {"eager": None, "cuda_graphs": "reduce-overhead", "compile": "default"}
+"""Name to the mode of torch.compile, whose `reduce-overhead` replays CUDA graphs; the cheapest to measure first."""
+PARTS = ("decode", "prefill", "vision")
 
 
 def measure(shape: Shape, device: torch.device, batches: tuple[int, ...], modes: list[str], done: Callable[[], bool]) -> dict[str, Any]:
@@ -25,41 +26,53 @@ def measure(shape: Shape, device: torch.device, batches: tuple[int, ...], modes:
         shape: Of the networks.
         device: Where they run; in float16 on a GPU, float32 on the CPU.
         batches: Batch sizes.
-        modes: Names in `MODES`, the most important first.
+        modes: Names in `MODES`.
         done: Whether time is up; what is left then is not measured.
 
     Returns:
-        `dense` and `compressed`, each `{part: {batch: {mode: figures}}}` with parts `vision`, `prefill` and `decode`, and
-        `kept`, the fraction of FLOPs of the compressed one.
+        `dtype`; `kept`, the fraction of FLOPs of the compressed network; `weights_gib` of both; `times`, part to batch to mode to
+        `{dense, compressed, speedup}`, or to `{failed}` with the reason.
     """
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    model = build(shape, device, dtype)
-    found: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "dense": _network(model, shape, batches, modes, done)}
-    found["kept"] = compress(model, shape, FLOPS).budget.predicted
+    networks = {name: build(shape, device, dtype) for name in ("dense", "compressed")}
+    plan = compress(networks["compressed"], shape, FLOPS)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    found["compressed"] = _network(model, shape, batches, modes, done)
-    return found
+    weights = {name: sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30 for name, model in networks.items()}
+    times: dict[str, Any] = {}
+    for mode, batch, part in _order(modes, batches):
+        if done():
+            break
+        try:
+            sides = {name: _figures(model, shape, part, batch, mode) for name, model in networks.items()}
+            found = sides | {"speedup": sides["dense"]["median_ms"] / sides["compressed"]["median_ms"]}
+        except Exception as e:  # a mode that this machine cannot do, such as one without a compiler, must not cost the others
+            found = {"failed": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}"}
+        times.setdefault(part, {}).setdefault(str(batch), {})[mode] = found
+    return {"dtype": str(dtype).removeprefix("torch."), "kept": plan.budget.predicted, "weights_gib": weights, "times": times}
 
 
-def _network(model: nn.Module, shape: Shape, batches: tuple[int, ...], modes: list[str], done: Callable[[], bool]) -> dict[str, Any]:
-    weight = next(model.parameters())
-    found: dict[str, Any] = {"weights_gib": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30}
-    parts = {"vision": _vision, "prefill": _prefill, "decode": _decode}
+def _order(modes: list[str], batches: tuple[int, ...]) -> Iterator[tuple[str, int, str]]:
+    """What costs little first, then what says most: compiling takes a minute each."""
     for mode in modes:
-        for part, make in parts.items():
-            for batch in batches:
-                if done():
-                    return found
-                if weight.is_cuda:
-                    torch.cuda.reset_peak_memory_stats()
-                torch.compiler.reset()
-                run, tokens = make(model, shape, batch, mode)
-                figures = _time(run, weight.is_cuda)
-                figures["tokens_per_second"] = 1e3 * tokens / figures["median_ms"]
-                if weight.is_cuda:
-                    figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-                found.setdefault(part, {}).setdefault(str(batch), {})[mode] = figures
+        for batch in batches:
+            for part in PARTS:
+                yield mode, batch, part
+
+
+@torch.no_grad()
+def _figures(model: nn.Module, shape: Shape, part: str, batch: int, mode: str) -> dict[str, float]:
+    cuda = next(model.parameters()).is_cuda
+    torch.compiler.reset()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    run, tokens = {"vision": _vision, "prefill": _prefill, "decode": _decode}[part](model, shape, batch, mode)
+    found = _time(run, cuda)
+    found["tokens_per_second"] = 1e3 * tokens / found["median_ms"]
+    if cuda:
+        found["beside_weights_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     return found
 
 
@@ -111,9 +124,12 @@ def _embeds(model: nn.Module, shape: Shape, batch: int, tokens: int) -> Tensor:
     return torch.randn(batch, tokens, shape.hidden, device=weight.device, dtype=weight.dtype)
 
 
-@torch.no_grad()
 def _time(run: Callable[[], Tensor], cuda: bool, rounds: int = 20, warm_up: int = 3) -> dict[str, float]:
-    """Order statistics of a run, warm; on a GPU by events."""
+    """Order statistics of a run, warm; on a GPU by events.
+
+    Raises:
+        FloatingPointError: what it computes is not finite.
+    """
     for _ in range(warm_up):
         out = run()
     if not torch.isfinite(out.float()).all():
