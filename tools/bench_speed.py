@@ -4,7 +4,7 @@
     python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some 10 minutes, 12 GB of memory
     python tools/bench_speed.py --quick --out DIR   # slices of one layer, and tiny-llava alone
 
-Every ratio is of medians from one run in which both sides take turns. Slices of LLaVA-1.5-7B have true sizes and random
+With --only, what is in OUT of the other sections stays; each says at which commit it was measured. Every ratio is of medians from one run in which both sides take turns. Slices of LLaVA-1.5-7B have true sizes and random
 weights, each part compressed to 0.33 of its own FLOPs; tiny-llava and smol-llava are whole bundles at 0.33.
 """
 
@@ -39,9 +39,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def earlier(path: Path, now: list[str]) -> dict[str, Any]:
+    """Sections of an earlier run that are not measured now."""
+    sections = json.loads(path.read_text())["sections"] if path.is_file() else {}
+    return {name: section for name, section in sections.items() if name not in now}
+
+
 def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The checks that were measured, by the names that summary.json has."""
-    checks = [{"name": f"llava7b.{part}.efficiency", "value": x["efficiency"]} for part, x in found.get("llava7b", {}).items()]
+    checks = [{"name": f"llava7b.{part}.efficiency", "value": x["efficiency"]} for part, x in _slices(found).items()]
     for name in ("tiny", "smol"):
         if name in found:
             checks.append({"name": f"{name}.end_to_end.speedup", "value": found[name]["latency"]["ort"]["end_to_end"]["speedup"]})
@@ -53,7 +59,7 @@ def table(found: dict[str, Any], not_measured: list[dict[str, str]], threads: in
     lines = ["<!-- written by tools/bench_speed.py -->", "# Time after compression", ""]
     lines += [f"ONNX Runtime on the CPU, {threads} threads, fp32, batch 1; medians, original and compressed in turn.", ""]
     lines += ["| network | part | original | compressed | speed-up | kept | of the ideal |", "|---|---|---|---|---|---|---|"]
-    for part, x in found.get("llava7b", {}).items():
+    for part, x in _slices(found).items():
         before, after = x["dense"]["median_ms"], x["compressed"]["median_ms"]
         lines.append(_row("LLaVA-1.5-7B, slices", part, before, after, x["kept"]))
     for name in ("tiny", "smol"):
@@ -62,6 +68,10 @@ def table(found: dict[str, Any], not_measured: list[dict[str, str]], threads: in
     lines += ["", "Kept is of FLOPs; of decoding on the slices, of the bytes that a token reads."]
     lines += [f"- Not measured: {x['what']} ({x['reason']})" for x in not_measured]
     return "\n".join(lines) + "\n"
+
+
+def _slices(found: dict[str, Any]) -> dict[str, Any]:
+    return found.get("llava7b", {"parts": {}})["parts"]
 
 
 def _row(network: str, part: str, before: float, after: float, kept: float) -> str:
@@ -96,13 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
+    found = earlier(args.out / "results.json", args.only) | {name: x | {"commit": head["commit"]} for name, x in run.found.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, content in (
-        ("summary.json", head | {"checks": figures(run.found)}),
-        ("results.json", head | {"threads": args.threads, "sections": run.found, "not_measured": run.not_measured}),
+        ("summary.json", head | {"checks": figures(found)}),
+        ("results.json", head | {"threads": args.threads, "sections": found, "not_measured": run.not_measured}),
     ):
         (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / "table.md").write_text(table(run.found, run.not_measured, args.threads))
+    (args.out / "table.md").write_text(table(found, run.not_measured, args.threads))
     print(args.out / "table.md")
     return 0
 

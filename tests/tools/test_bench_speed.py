@@ -18,7 +18,9 @@ from speed import bundles, slices  # noqa: E402
 
 TIMES = {"median_ms": 10.0}
 FOUND = {
-    "llava7b": {"prefill": {"dense": TIMES, "compressed": {"median_ms": 4.0}, "speedup": 2.5, "kept": 0.33, "efficiency": 0.825}},
+    "llava7b": {
+        "parts": {"prefill": {"dense": TIMES, "compressed": {"median_ms": 4.0}, "speedup": 2.5, "kept": 0.33, "efficiency": 0.825}},
+    },
     "tiny": {
         "latency": {
             "ort": {
@@ -41,7 +43,7 @@ def measured(tmp_path_factory):
         "vision_ffn": 256,
         "rank_multiple": 4,
     }
-    return slices.measure(replace(SHAPES["small"], **sizes), tmp_path_factory.mktemp("slices"), threads=1, seconds=0.2)
+    return slices.measure(replace(SHAPES["small"], **sizes), tmp_path_factory.mktemp("slices"), threads=1, seconds=0.2)["parts"]
 
 
 def test_every_part_keeps_at_most_its_share_and_efficiency_is_speedup_times_that(measured):
@@ -80,3 +82,14 @@ def test_a_section_that_fails_is_named_and_the_rest_is_written(tmp_path, monkeyp
         {"what": "tiny", "reason": "RuntimeError: exit code 2: no such recipe"}
     ]
     assert "exit code 2" in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_not_asked_for_stays_with_its_commit(tmp_path, monkeypatch):
+    before = {name: section | {"commit": "earlier"} for name, section in FOUND.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"sections": before}))
+    monkeypatch.setattr(bundles, "measure", lambda *arguments: FOUND["tiny"])
+    assert bench_speed.main(["--only", "tiny", "--out", str(tmp_path)]) == 0
+    sections = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert sections["llava7b"] == before["llava7b"] and sections["tiny"]["commit"] != "earlier"
+    assert len(json.loads((tmp_path / "summary.json").read_text())["checks"]) == 2
+    assert "LLaVA-1.5-7B" in (tmp_path / "table.md").read_text()

@@ -39,7 +39,7 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
         seconds: For each part.
 
     Returns:
-        Part to `{dense, compressed, speedup, kept, efficiency}`: `kept` is of FLOPs; for decode, which waits for memory,
+        `parts`, part to `{dense, compressed, speedup, kept, efficiency}`: `kept` is of FLOPs; for decode, which waits for memory,
         of the bytes that a token reads (weights and cache). Efficiency is speed-up times what is kept: 1 where time falls as they do.
     """
     model = build(shape, torch.device("cpu"), torch.float32)
@@ -68,7 +68,7 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
         speedup = times["dense"].median_ms / times["compressed"].median_ms
         figures = {name: t.model_dump() for name, t in times.items()}
         found[part] = figures | {"speedup": speedup, "kept": share, "efficiency": speedup * share}
-    return found
+    return {"parts": found}
 
 
 def _vision(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
