@@ -4,8 +4,9 @@
     python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some 10 minutes, 12 GB of memory
     python tools/bench_speed.py --quick --out DIR   # slices of one layer, and tiny-llava alone
 
-With --only, what is in OUT of the other sections stays; each says at which commit it was measured. Every ratio is of medians from one run in which both sides take turns. Slices of LLaVA-1.5-7B have true sizes and random
-weights, each part compressed to 0.33 of its own FLOPs; tiny-llava and smol-llava are whole bundles at 0.33.
+With --only, what OUT has of other sections stays; each says at which commit it was measured. Every ratio is of medians from
+one run in which both sides take turns. Slices of LLaVA-1.5-7B have true sizes and random weights, each part compressed to
+0.33 of its own FLOPs; tiny-llava and smol-llava are whole bundles at 0.33.
 """
 
 from __future__ import annotations
