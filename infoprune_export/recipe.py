@@ -139,9 +139,7 @@ class Recovery(_Strict):
         description="full: all linear maps of the towers that were cut; lora: low-rank updates of them; auto: lora from 10^9 parameters",
     )
     batch: int = Field(16, ge=1, description="images per step, each with all of its questions")
-    rate: float | None = Field(
-        None, gt=0, description="largest learning rate; absent: five times that of the first step that lowers the loss most"
-    )
+    rate: float | None = Field(None, gt=0, description="largest learning rate; absent: found, five times that of the best first step")
     temperature: float = Field(2.0, gt=0, description="softens the predictions of both networks")
     answer_weight: float = Field(1.0, ge=0, description="of the cross-entropy on the answers")
     teacher_weight: float = Field(1.0, ge=0, description="of the divergence from the original's predictions")

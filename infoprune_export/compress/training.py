@@ -36,6 +36,8 @@ PEAK = 5.0
 """Peak rate over that of the best first step, where it is looked for. Steps that follow agree less than the weights of one."""
 SMALLEST_RATE, LARGEST_RATE = 1e-7, 1e-2
 """Where it is looked for."""
+BATCHES_FOR_RATE = 3
+"""The least of what so many batches allow is taken: one alone may be twice too bold."""
 
 
 Item = TypeVar("Item")
@@ -218,9 +220,18 @@ class _Loop:
 
         AdamW's first step moves every weight by the rate, along the sign of its gradient. How far one can go varies by orders of
         magnitude between networks: a large activation meets a whole row of weights that move together. The rate doubles
-        as long as such a step lowers the loss of the first batch further, as in a learning-rate range test
-        (Smith 2017, arXiv 1506.01186); the peak is `PEAK` times the best.
+        as long as such a step lowers its own batch's loss further, as in a learning-rate range test (Smith 2017,
+        arXiv 1506.01186); the peak is `PEAK` times the best, the least of the first batches'.
         """
+        best = []
+        for step in range(min(BATCHES_FOR_RATE, self.steps)):
+            self.state.step = step
+            best.append(self._best_first_step())
+        self.state.step = 0
+        self.state.found = PEAK * min(best)
+
+    def _best_first_step(self) -> float:
+        """The rate of the first step that lowers the loss of the batch under way most."""
         results = list(self.pool.map(self._gradients, self.shares))  # in threads, where gradients are on
         self._collect([grads for grads, _ in results])
         moved = [p for g in self.groups if g["lr"] is None for p in g["params"] if p.grad is not None]
@@ -237,10 +248,10 @@ class _Loop:
             p.copy_(start)
         if math.isinf(least):
             raise InputError(
-                "the first training batch has no finite loss to find a rate by",
+                f"training batch {self.state.step + 1} has no finite loss to find a rate by",
                 mend="check the model's weights and the training images, or name recovery.rate in the recipe",
             )
-        self.state.found = PEAK * best
+        return best
 
     def _mean_loss(self) -> float:
         """Of the batch of the step to come, over all shares."""

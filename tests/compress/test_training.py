@@ -175,6 +175,17 @@ def test_a_rate_is_found_where_none_is_named(doublings, threads):
     assert train(Well(first, rate=0.1), steps=1).rate is None
 
 
+def test_the_boldest_batch_does_not_decide():
+    class Wells(Well):
+        def loss(self, step, share):
+            loss = (self.w - self.bottom * (8, 1, 4)[step % 3]).square().sum()
+            return loss, {"loss": loss.item()}
+
+    first = 1e-7 * 2**10
+    assert train(Wells(first), steps=3).rate == pytest.approx(5 * first)
+    assert train(Wells(first), steps=1).rate == pytest.approx(5 * 8 * first)
+
+
 def test_no_rate_is_found_by_a_loss_that_is_not_finite():
     with pytest.raises(InputError, match="no finite loss to find a rate by"):
         train(Well(math.nan), steps=1)
