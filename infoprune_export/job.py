@@ -196,7 +196,9 @@ class Job:
         from infoprune_export.data.vqa import fingerprint
 
         recipe = self.recipe
-        used = [*recipe.evaluation.values(), *recipe.calibration]
+        used = [*recipe.evaluation.values()]
+        if recipe.flops < 1 or recipe.train_steps or self.options.plan or not used:
+            used += recipe.calibration
         if recipe.train_steps:
             used += [*recipe.training, *recipe.validation]
         sources = self.resolved(dict(enumerate(used))).values()

@@ -6,6 +6,7 @@ import pytest
 
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job, Options, resolve
+from infoprune_export.recipe import DataSource
 
 
 class Notes:
@@ -70,3 +71,14 @@ def test_what_training_needs_is_asked_for_before_the_work(tmp_path, monkeypatch,
     assert "infoprune-export[train]" in refused.value.mend
     job.recipe = recipe.model_copy(update={"train_steps": 0})
     job.check_training()
+
+
+def test_only_data_that_are_read_have_to_be_there(tmp_path):
+    job, _ = _job(tmp_path, None)
+    absent = [DataSource(path=str(tmp_path / "absent"))]
+    job.recipe = job.recipe.model_copy(update={"flops": 1.0, "calibration": absent, "training": absent})
+    assert len(job.data_fingerprint()) == len(job.recipe.evaluation)
+    for update in ({"flops": 0.5}, {"evaluation": {}}):
+        job.recipe = job.recipe.model_copy(update=update)
+        with pytest.raises(InputError, match="does not exist"):
+            job.data_fingerprint()
