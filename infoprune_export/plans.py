@@ -54,8 +54,16 @@ class Source(_Strict):
     sha256: str
 
 
+class LatencyBudget(_Strict):
+    """Time asked for and predicted by a table of this machine, as fractions kept of the original's request, end to end."""
+
+    requested: float
+    predicted: float
+    original_ms: float = Field(description="of the original's request, when the table was measured")
+
+
 class Budget(_Strict):
-    """FLOPs asked for and predicted, as fractions kept of the original's over the scope."""
+    """FLOPs asked for (1 where time was) and predicted, as fractions kept of the original's over the scope."""
 
     scope: Scope
     requested: float
@@ -65,6 +73,12 @@ class Budget(_Strict):
     eps: dict[TowerName, float] | None = Field(
         None, description="tower to the KS distance of its pooled feed-forward spectra: the share of their mass that is cut off"
     )
+    latency: LatencyBudget | None = Field(None, description="where time was asked for and not FLOPs")
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        return f"{self.latency.requested:g} of the time" if self.latency else f"{self.requested:g}"
 
 
 class TrainingRecord(_Strict):

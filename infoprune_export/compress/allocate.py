@@ -1,7 +1,7 @@
-"""One budget for heads and ranks of both towers: most spectral mass kept per FLOP.
+"""One budget for heads and ranks of both towers: most spectral mass kept per FLOP, or per nanosecond.
 
-Every choice has a value (loss-scaled spectral mass, see heads.py and lowrank.py) and a cost in FLOPs. For a
-price per FLOP each unit is kept if its value exceeds its cost, and each matrix takes the rank, or stays dense,
+Every choice has a value (loss-scaled spectral mass, see heads.py and lowrank.py) and a cost (see prices.py). For a
+price per unit of cost each unit is kept if its value exceeds its cost, and each matrix takes the rank, or stays dense,
 whichever is worth most; the price is bisected until the budget is met, and what rounding leaves over is spent
 on the best single steps that still fit. A knapsack solved by Lagrangian relaxation: exact up to one step.
 
@@ -10,7 +10,7 @@ Allocations that fix the shares instead of comparing values are in shares.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,19 @@ class UnitChoice:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a matrix costs where that is not its FLOPs.
+
+    Attributes:
+        cost: Of a rank, or of the dense matrix (None); a larger rank never costs less.
+        largest: The largest rank that has a cost.
+    """
+
+    cost: Callable[[int | None], int]
+    largest: int
+
+
+@dataclass(frozen=True)
 class RankChoice:
     """A matrix: a rank that is a multiple of `multiple`, or dense.
 
@@ -41,7 +54,8 @@ class RankChoice:
         cost_per_rank: FLOPs of one rank-one component.
         dense_cost: FLOPs of the whole matrix.
         multiple: Ranks are multiples of this.
-        floor: Share of the dense cost that is kept at least.
+        floor: Share of the dense matrix's FLOPs that is kept at least.
+        measured: What it costs, where a budget is not in FLOPs.
     """
 
     key: tuple[str, int, str]
@@ -50,10 +64,11 @@ class RankChoice:
     dense_cost: int
     multiple: int
     floor: float = 0.0
+    measured: Measured | None = None
 
     @property
     def break_even(self) -> float:
-        """The rank, a fraction, at which a pair costs what the dense matrix does."""
+        """The rank, a fraction, at which a pair has the FLOPs of the dense matrix."""
         return self.dense_cost / self.cost_per_rank
 
     def options(self) -> list[int | None]:
@@ -61,9 +76,15 @@ class RankChoice:
         top = (self.dense_cost - 1) // self.cost_per_rank
         step = min(self.multiple, max(1, top))
         least = self.floor * self.break_even
+        if self.measured is not None:
+            dense = self.cost(None)
+            return [*(r for r in range(step, self.measured.largest + 1, step) if r >= least and self.cost(r) < dense), None]
         return [*(r for r in range(step, max(top, 1) + 1, step) if r >= least), None]
 
     def cost(self, rank: int | None) -> int:
+        """In the currency of the budget."""
+        if self.measured is not None:
+            return self.measured.cost(rank)
         return self.dense_cost if rank is None else rank * self.cost_per_rank
 
 
@@ -89,23 +110,29 @@ class _Matrix:
 
 
 def allocate(
-    units: list[UnitChoice], ranks: list[RankChoice], budget: int, fixed: int = 0, stay: Mapping[LayerKey, int] | None = None
+    units: list[UnitChoice],
+    ranks: list[RankChoice],
+    budget: int,
+    fixed: int = 0,
+    stay: Mapping[LayerKey, int] | None = None,
+    option: str = "--flops",
 ) -> Allocation:
     """Spends a budget.
 
     Args:
         units: Every unit that may be removed.
         ranks: Every matrix.
-        budget: FLOPs allowed, over the same scope as the costs.
-        fixed: FLOPs that no choice changes.
+        budget: Cost allowed, over the same scope as the costs.
+        fixed: Cost that no choice changes.
         stay: How many units of a layer stay at least, the best ones; 1 where a layer is not named.
+        option: Of the command line, by which such a budget is asked for; for the message of the error.
 
     Raises:
         InputError: the least that can be reached is above the budget.
     """
     matrices = [_Matrix(c) for c in ranks]
     floor = best_units(units, stay or {})
-    check_reachable(floor, ranks, budget, fixed, fixed + sum(u.cost for u in units) + sum(c.dense_cost for c in ranks))
+    check_reachable(floor, ranks, budget, fixed, fixed + sum(u.cost for u in units) + sum(c.cost(None) for c in ranks), option=option)
 
     def at(price: float) -> tuple[set[UnitChoice], list[int]]:
         kept = {u for u in units if u.value > price * u.cost} | set(floor)
@@ -136,21 +163,23 @@ def allocate_with_floors(
     fixed: int,
     stay: Mapping[LayerKey, int],
     least: Mapping[str, int],
+    option: str = "--flops",
 ) -> Allocation:
     """Spends a budget of which some towers get at least a part; a tower that would get less has a price of its own.
 
     Args:
         units: See `allocate`; likewise the next ones.
         ranks: Every matrix.
-        budget: FLOPs allowed.
-        fixed: FLOPs that no choice changes.
+        budget: Cost allowed.
+        fixed: Cost that no choice changes.
         stay: How many units of a layer stay at least.
-        least: Tower to FLOPs of its units and matrices that stay at least; it gets them to the next whole step.
+        least: Tower to cost of its units and matrices that stay at least; it gets them to the next whole step.
+        option: See `allocate`.
 
     Raises:
         InputError: the least that can be reached is above the budget.
     """
-    found = allocate(units, ranks, budget, fixed, stay)
+    found = allocate(units, ranks, budget, fixed, stay, option)
 
     def of(tower: str, other: bool = False) -> tuple[list[UnitChoice], list[RankChoice]]:
         return [u for u in units if (u.layer[0] == tower) != other], [c for c in ranks if (c.key[0] == tower) != other]
@@ -161,25 +190,30 @@ def allocate_with_floors(
 
     for tower, wanted in least.items():
         own_units, own_ranks = of(tower)
-        every = [u.cost for u in own_units] + [c.dense_cost for c in own_ranks]
+        every = [u.cost for u in own_units] + [c.cost(None) for c in own_ranks]
         if spent(tower, found) >= (wanted := min(wanted, sum(every))):
             continue
-        inside, allowance, step = None, wanted, min([u.cost for u in own_units] + [c.cost_per_rank for c in own_ranks])
+        inside, allowance, step = None, wanted, min([u.cost for u in own_units] + [_step(c) for c in own_ranks])
         while inside is None or inside.cost < wanted:
             inside, allowance = allocate(own_units, own_ranks, allowance, 0, stay), allowance + step
         other_units, other_ranks = of(tower, other=True)
         smallest = sum(u.cost for u in best_units(other_units, stay)) + sum(c.cost(c.options()[0]) for c in other_ranks)
         behind = max(smallest, *(x for name, x in least.items() if name != tower), 0)
         if inside.cost + behind + fixed > budget:
-            total = fixed + sum(u.cost for u in units) + sum(c.dense_cost for c in ranks)
+            total = fixed + sum(u.cost for u in units) + sum(c.cost(None) for c in ranks)
             kept = (inside.cost + behind + fixed) / total
             raise InputError(
                 f"a budget of {budget / total:.3f} cannot be reached: criterion.floors and the smallest ranks still keep {kept:.3f}",
-                mend=f"ask for --flops {np.ceil(1000 * kept) / 1000:.3f} or more, or lower criterion.floors.{tower}.total",
+                mend=f"ask for {option} {np.ceil(1000 * kept) / 1000:.3f} or more, or lower criterion.floors.{tower}.total",
             )
         outside = allocate(other_units, other_ranks, budget - inside.cost, fixed, stay)
         return Allocation(inside.units | outside.units, inside.ranks | outside.ranks, inside.cost + outside.cost)
     return found
+
+
+def _step(choice: RankChoice) -> int:
+    """About what the next option costs more than one."""
+    return choice.cost_per_rank if choice.measured is None else max(1, choice.cost(None) // len(choice.options()))
 
 
 def best_units(units: list[UnitChoice], stay: Mapping[LayerKey, int]) -> list[UnitChoice]:
@@ -199,17 +233,24 @@ def by_layer(kept: set[UnitChoice]) -> dict[LayerKey, list[int]]:
 
 
 def check_reachable(
-    floor: list[UnitChoice], ranks: list[RankChoice], budget: int, fixed: int, total: int, chosen: str | None = None
+    floor: list[UnitChoice],
+    ranks: list[RankChoice],
+    budget: int,
+    fixed: int,
+    total: int,
+    chosen: str | None = None,
+    option: str = "--flops",
 ) -> None:
     """Refuses a budget below what is left when all that may go is gone.
 
     Args:
         floor: Units that always stay.
         ranks: Every matrix.
-        budget: FLOPs allowed.
-        fixed: FLOPs that no choice changes.
-        total: FLOPs of the original.
+        budget: Cost allowed.
+        fixed: Cost that no choice changes.
+        total: Cost of the original.
         chosen: What was decided before, where heads are fixed, as words for the message.
+        option: See `allocate`.
 
     Raises:
         InputError: naming the least that can be reached.
@@ -222,12 +263,12 @@ def check_reachable(
     lower = "lower criterion.floors" if floors else "widen --scope"
     raise InputError(
         f"a budget of {budget / total:.3f} cannot be reached: {heads} and the smallest ranks still keep {least / total:.3f}",
-        mend=f"ask for --flops {np.ceil(1000 * least / total) / 1000:.3f} or more, or {'keep fewer heads' if chosen else lower}",
+        mend=f"ask for {option} {np.ceil(1000 * least / total) / 1000:.3f} or more, or {'keep fewer heads' if chosen else lower}",
     )
 
 
 def _spend_rest(units: list[UnitChoice], matrices: list[_Matrix], kept: set[UnitChoice], picks: list[int], rest: int) -> None:
-    """Adds the best steps by value per FLOP that still fit, in place, until none does."""
+    """Adds the best steps by value per cost that still fit, in place, until none does."""
     while True:
         steps: list[tuple[float, int, UnitChoice | int]] = [
             (u.value / u.cost, u.cost, u) for u in units if u not in kept and 0 < u.cost <= rest

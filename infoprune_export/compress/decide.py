@@ -19,14 +19,16 @@ from infoprune_export.compress.allocate import (
     check_reachable,
 )
 from infoprune_export.compress.lowrank import seen_before, spectrum, weighting
+from infoprune_export.compress.prices import Flops, Nanoseconds, Prices
 from infoprune_export.compress.scores import HEAD_RULES, Evidence
 from infoprune_export.compress.shares import d_rank, keep_share, proportional, rank_within_layers, uniform
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import TOWERS, Anatomy, Layer, site
-from infoprune_export.models.flops import attention_flops, count, linear_macs, tower_passes
-from infoprune_export.plans import Budget, LayerPlan, Plan, Source
+from infoprune_export.models.flops import count, linear_macs, tower_passes
+from infoprune_export.plans import Budget, LatencyBudget, LayerPlan, Plan, Source
 from infoprune_export.recipe import Criterion, Floor, Scope, Workload
+from infoprune_export.timetable import TimeTable
 
 RankKey = tuple[str, int, str]
 
@@ -39,7 +41,9 @@ def decide(
     source: Source,
     criterion: Criterion,
     workload: Workload,
-    flops: float,
+    flops: float = 1.0,
+    latency: float | None = None,
+    table: TimeTable | None = None,
     scope: Scope,
     seed: int = 0,
     heads: Mapping[LayerKey, list[int]] | None = None,
@@ -54,7 +58,9 @@ def decide(
         criterion: How to score and to allocate.
         workload: What the FLOPs are counted for.
         flops: Fraction kept of the original's FLOPs over the scope, 0 < flops < 1.
-        scope: What the fraction is of, and what may be cut.
+        latency: Instead of FLOPs, fraction kept of the time of the original's whole request, 0 < latency < 1, by `table`.
+        table: Measured times.
+        scope: What the fraction of FLOPs is of, and what may be cut.
         seed: Recorded in the plan, and for the head rule that draws.
         heads: (tower, layer) to the KV groups that stay, where they were chosen already; only ranks are decided then,
             and layers that are not named keep all.
@@ -64,21 +70,24 @@ def decide(
     """
     cut = [x for x in anatomy.layers() if scope in ("all", x.tower)]
     _check_seen(cut, stats, criterion)
-    units = score_units(model, cut, anatomy, stats, criterion, workload, seed, scored=heads is None)
-    ranks = _ranks(model, cut, anatomy, stats, criterion, workload)
-    original = count(anatomy, workload).over(scope)
-    fixed = original - sum(u.cost for u in units) - sum(r.dense_cost for r in ranks)
-    budget = int(flops * original)
+    prices = Flops(anatomy, workload) if table is None else Nanoseconds(table)
+    units = score_units(model, cut, anatomy, stats, criterion, prices, seed, scored=heads is None)
+    ranks = _ranks(model, cut, anatomy, stats, criterion, workload, prices)
+    original = prices.whole(scope)
+    fixed = original - sum(u.cost for u in units) - sum(r.cost(None) for r in ranks)
+    budget = int((latency or flops) * original)
     if heads is None and criterion.head_share is None and criterion.one_currency:
         found = allocate_with_floors(
-            units, ranks, budget, fixed, least_units(cut, criterion), _least_flops(anatomy, workload, units, ranks, criterion)
+            units, ranks, budget, fixed, least_units(cut, criterion), _least_of_towers(prices, units, ranks, criterion), prices.option
         )
         kept, rank_of = found.units, found.ranks
     else:
-        kept, rank_of = _apart(units, ranks, budget, fixed, cut, criterion, heads)
+        kept, rank_of = _apart(units, ranks, budget, fixed, cut, criterion, heads, prices.option)
     layers = [_layer_plan(x, kept.get((x.tower, x.index)), rank_of) for x in anatomy.layers()]
     plan = _with_budget(layers, anatomy, source, criterion, workload, flops, scope, seed)
     plan.budget = plan.budget.model_copy(update={"eps": _mass_lost(ranks, rank_of)})
+    if table is not None:
+        plan.budget.latency = LatencyBudget(requested=latency, predicted=table.kept(plan), original_ms=table.end_to_end / 1e6)
     return plan
 
 
@@ -95,9 +104,10 @@ def _apart(
     cut: list[Layer],
     criterion: Criterion,
     heads: Mapping[LayerKey, list[int]] | None,
+    option: str,
 ) -> tuple[dict[LayerKey, list[int]], dict[RankKey, int | None]]:
     """Heads first, by a share of the attention or as given; the feed-forwards get exactly what is left."""
-    total = fixed + sum(u.cost for u in units) + sum(r.dense_cost for r in ranks)
+    total = fixed + sum(u.cost for u in units) + sum(r.cost(None) for r in ranks)
     if heads is not None:
         kept = {u for u in units if u.group in heads.get(u.layer, [u.group])}
         chosen = "the heads that were chosen"
@@ -107,14 +117,14 @@ def _apart(
         if criterion.head_share is not None:
             allowance, chosen = criterion.head_share * attention, f"criterion.head_share {criterion.head_share:g}"
         else:
-            check_reachable(best_units(units, stay), ranks, budget, fixed, total)
+            check_reachable(best_units(units, stay), ranks, budget, fixed, total, option=option)
             # The same share of attention and feed-forwards, unless even the smallest ranks need more.
             same = (budget - fixed) / (total - fixed)
             allowance, chosen = min(same * attention, budget - fixed - smallest), None
         by_flop = (criterion.head_ranking or HEAD_RULES[criterion.heads].ranking) == "flops"
         kept = keep_share(units, allowance, stay, by_flop=by_flop)
     left = budget - fixed - sum(u.cost for u in kept)
-    check_reachable(list(kept), ranks, budget, fixed, total, chosen)
+    check_reachable(list(kept), ranks, budget, fixed, total, chosen, option)
     if criterion.allocation == "ks":
         rank_of = allocate([], ranks, left).ranks
     else:
@@ -128,24 +138,24 @@ def score_units(
     anatomy: Anatomy,
     stats: Statistics,
     criterion: Criterion,
-    workload: Workload,
+    prices: Prices,
     seed: int,
     *,
     scored: bool,
 ) -> list[UnitChoice]:
     """Every unit of the layers that may be cut, valued so that the larger is to be kept first."""
-    towers, rule = tower_passes(anatomy, workload), HEAD_RULES[criterion.heads]
+    rule = HEAD_RULES[criterion.heads]
     evidence = Evidence(model, stats, seed, criterion.erank_weight)
     units = []
     for layer in cut:
         scores = rule.score(layer, evidence) if scored else [0.0] * layer.attention.kv_groups
-        cost = attention_flops(layer, layer.attention.heads_per_group, 1, towers[layer.tower])
+        cost = prices.unit(layer)
         units += [UnitChoice((layer.tower, layer.index), g, criterion.head_weight * s, cost) for g, s in enumerate(scores)]
     return rank_within_layers(units) if (criterion.head_ranking or rule.ranking) == "layer" else units
 
 
 def _ranks(
-    model: nn.Module, cut: list[Layer], anatomy: Anatomy, stats: Statistics, criterion: Criterion, workload: Workload
+    model: nn.Module, cut: list[Layer], anatomy: Anatomy, stats: Statistics, criterion: Criterion, workload: Workload, prices: Prices
 ) -> list[RankChoice]:
     """Every feed-forward matrix of the layers that may be cut; with its spectrum where the allocation looks at it."""
     towers, rule = tower_passes(anatomy, workload), criterion.weighting
@@ -165,6 +175,7 @@ def _ranks(
                     per_mac * linear_macs(linear),
                     criterion.rank_multiple,
                     criterion.floors.get(layer.tower, Floor()).ranks,
+                    prices.matrix(layer, role),
                 )
             )
     return ranks
@@ -176,14 +187,12 @@ def least_units(cut: list[Layer], criterion: Criterion) -> dict[LayerKey, int]:
     return {(x.tower, x.index): max(1, math.ceil(floor[x.tower] * x.attention.kv_groups - 1e-9)) for x in cut}
 
 
-def _least_flops(
-    anatomy: Anatomy, workload: Workload, units: list[UnitChoice], ranks: list[RankChoice], criterion: Criterion
-) -> dict[str, int]:
-    """Tower to the FLOPs of its units and matrices that its floor on the total asks for; towers that have one and are cut."""
-    whole, found = count(anatomy, workload), {}
+def _least_of_towers(prices: Prices, units: list[UnitChoice], ranks: list[RankChoice], criterion: Criterion) -> dict[str, int]:
+    """Tower to the cost of its units and matrices that its floor on the total asks for; towers that have one and are cut."""
+    found = {}
     for tower, share in criterion.total_floors.items():
-        if choices := sum(u.cost for u in units if u.layer[0] == tower) + sum(r.dense_cost for r in ranks if r.key[0] == tower):
-            found[tower] = max(0, math.ceil(share * whole.over(tower)) - (whole.over(tower) - choices))
+        if choices := sum(u.cost for u in units if u.layer[0] == tower) + sum(r.cost(None) for r in ranks if r.key[0] == tower):
+            found[tower] = max(0, math.ceil(share * prices.tower(tower)) - (prices.tower(tower) - choices))
     return found
 
 

@@ -21,6 +21,7 @@ from infoprune_export.compress.concrete import Gates, draw, open_probability, se
 from infoprune_export.compress.decide import least_units, score_units
 from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
+from infoprune_export.compress.prices import Flops
 from infoprune_export.compress.recover import divergence
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.compress.taps import Taps
@@ -80,7 +81,7 @@ def learn_heads_of(
     `decide(..., heads=...)` then makes the plan that keeps them, and gives the feed-forwards what they leave over.
     """
     cut = [x for x in plan.anatomy.layers() if plan.budget.scope in ("all", x.tower)]
-    units = score_units(model, cut, plan.anatomy, stats, plan.criterion, plan.workload, plan.seed, scored=True)
+    units = score_units(model, cut, plan.anatomy, stats, plan.criterion, Flops(plan.anatomy, plan.workload), plan.seed, scored=True)
     return learn_heads(
         model,
         plan.anatomy,

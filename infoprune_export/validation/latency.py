@@ -134,11 +134,11 @@ def part_samples(session: Session, inputs: Inputs, new_tokens: int) -> dict[str,
     embeds = session.embed(ids, features)
     parts = {}
     if inputs.pixel_values is not None:
-        parts["vision"] = _timed(lambda: session.encode_images(inputs.pixel_values))
-    parts["prefill"] = _timed(lambda: session.prefill(embeds, mask))
+        parts["vision"] = timed(lambda: session.encode_images(inputs.pixel_values))
+    parts["prefill"] = timed(lambda: session.prefill(embeds, mask))
     if new_tokens > 1:
         parts["decode"] = _DecodeSteps(session, embeds, mask, new_tokens - 1)
-    parts["end_to_end"] = _timed(lambda: _exhaust(session.generate(inputs.input_ids, inputs.pixel_values, new_tokens, ())))
+    parts["end_to_end"] = timed(lambda: _exhaust(session.generate(inputs.input_ids, inputs.pixel_values, new_tokens, ())))
     return parts
 
 
@@ -231,7 +231,9 @@ def _fraction(records: Sequence[Mapping[str, int]]) -> float | None:
     return sum(r[COMPRESSED] for r in records) / before if before else None
 
 
-def _timed(run: Callable[[], Any]) -> Sample:
+def timed(run: Callable[[], Any]) -> Sample:
+    """A sample of all that `run` does."""
+
     def sample() -> float:
         start = time.perf_counter_ns()
         run()

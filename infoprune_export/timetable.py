@@ -1,0 +1,163 @@
+"""What the parts of a network take on one machine: a table of measured times, and the price of a plan by it.
+
+A table is plain data. `validation.profile` measures one with ONNX Runtime; anything that can time a graph could fill one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from infoprune_export.models.anatomy import Anatomy, Layer, Linear, TowerName
+from infoprune_export.plans import Plan
+from infoprune_export.recipe import Dtype, Workload
+
+SCHEMA_VERSION = 1
+
+PartName = Literal["vision", "prefill", "decode"]
+PARTS_OF: dict[TowerName, tuple[PartName, ...]] = {"vision": ("vision",), "language": ("prefill", "decode")}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Curve(_Strict):
+    """Nanoseconds against a size: straight lines between the sizes measured, and never less for more.
+
+    Attributes:
+        sizes: Measured, ascending.
+        nanoseconds: Median of each.
+    """
+
+    sizes: list[int]
+    nanoseconds: list[float]
+
+    def __call__(self, size: int) -> float:
+        return float(np.interp(size, self.sizes, np.maximum.accumulate(self.nanoseconds)))
+
+
+class Matrix(_Strict):
+    """A feed-forward matrix: dense, and as a pair against its rank."""
+
+    dense: float
+    pair: Curve
+
+
+class Part(_Strict):
+    """One pass of a part: all images of a request, its whole prompt, or one further token.
+
+    Attributes:
+        passes: How often a request has it.
+        whole: Nanoseconds of the original's part.
+        attention: Shape of an attention block (see `attention_key`) to its time against kept KV groups.
+        matrices: Shape of a feed-forward matrix (see `matrix_key`) to its times.
+    """
+
+    passes: int
+    whole: float
+    attention: dict[str, Curve]
+    matrices: dict[str, Matrix]
+
+
+class Conditions(_Strict):
+    """What the times depend on; a table serves only where all of it is the same.
+
+    Attributes:
+        shapes: Hash of the model's sizes.
+        machine: Processor, cores and GPUs.
+        versions: Package to version, of what ran.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    engine: str
+    dtype: Dtype
+    threads: int
+    workload: Workload
+    shapes: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+
+    def differences(self, other: Conditions) -> list[str]:
+        """What is not the same, as `name: of this one, of the other`."""
+        mine, its = ({f"{k} {n}" if n else k: x for k, n, x in _flat(c.model_dump())} for c in (self, other))
+        return [f"{k}: {mine.get(k, 'none')}, now {its.get(k, 'none')}" for k in sorted({*mine, *its}) if mine.get(k) != its.get(k)]
+
+
+class TimeTable(_Strict):
+    """Times of a model's parts under some conditions.
+
+    Attributes:
+        parts: Of one request.
+        end_to_end: Nanoseconds of the original's whole request.
+    """
+
+    conditions: Conditions
+    parts: dict[PartName, Part]
+    end_to_end: float
+
+    def attention(self, layer: Layer, groups: int) -> float:
+        """Nanoseconds that one request spends in a layer's attention block with so many KV groups."""
+        return sum(p.passes * p.attention[attention_key(layer)](groups) for p in self._parts(layer.tower))
+
+    def matrix(self, linear: Linear, tower: TowerName, rank: int | None) -> float:
+        """Nanoseconds that one request spends in a feed-forward matrix, dense (None) or as a pair."""
+        found = [(p.passes, p.matrices[matrix_key(linear)]) for p in self._parts(tower)]
+        return sum(n * (m.dense if rank is None else m.pair(rank)) for n, m in found)
+
+    def largest_rank(self, linear: Linear, tower: TowerName) -> int:
+        """The largest rank that was measured."""
+        return min((p.matrices[matrix_key(linear)].pair.sizes[-1] for p in self._parts(tower)), default=0)
+
+    def tower(self, tower: TowerName) -> float:
+        """Nanoseconds that the original's request spends in a tower, with what belongs to it."""
+        return sum(p.passes * p.whole for p in self._parts(tower))
+
+    def saved(self, plan: Plan) -> float:
+        """Nanoseconds of a request that a plan saves."""
+        total = 0.0
+        for layer in plan.anatomy.layers():
+            decision = plan.decision(layer.tower, layer.index)
+            total += self.attention(layer, layer.attention.kv_groups) - self.attention(layer, len(decision.kv_groups))
+            for role, linear in layer.ffn.matrices.items():
+                total += self.matrix(linear, layer.tower, None) - self.matrix(linear, layer.tower, decision.ranks[role])
+        return total
+
+    def kept(self, plan: Plan) -> float:
+        """Fraction of the original's end-to-end time that a plan keeps, by this table."""
+        return 1 - self.saved(plan) / self.end_to_end
+
+    def _parts(self, tower: TowerName) -> list[Part]:
+        return [self.parts[name] for name in PARTS_OF[tower] if name in self.parts]
+
+
+def attention_key(layer: Layer) -> str:
+    """The shape of an attention block: layers that share it are measured once."""
+    a = layer.attention
+    bias = "+b" * a.q.bias
+    return f"{a.q.d_in}: {a.heads} heads in {a.kv_groups} groups of {a.head_dim}{bias}"
+
+
+def matrix_key(linear: Linear) -> str:
+    """The shape of a matrix."""
+    return f"{linear.d_in}x{linear.d_out}{'+b' * linear.bias}"
+
+
+def shapes_of(anatomy: Anatomy) -> str:
+    """Hash of a model's sizes; names and places of modules are not in it."""
+    import hashlib
+
+    towers = [[(attention_key(x), *map(matrix_key, x.ffn.matrices.values())) for x in anatomy.tower(t).layers] for t in PARTS_OF]
+    sizes = [towers, anatomy.geometry.model_dump_json(), [matrix_key(x) for x in anatomy.projector], anatomy.vocab_size]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
+def _flat(record: dict[str, object]) -> Iterator[tuple[str, str, object]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from ((key, name, x) for name, x in value.items())
+        else:
+            yield key, "", value
