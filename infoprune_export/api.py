@@ -37,6 +37,7 @@ def plan(
     model: str | Path,
     *,
     flops: float | None = None,
+    latency: float | None = None,
     scope: Scope | None = None,
     calibration: str | Path | None = None,
     samples: int | None = None,
@@ -51,6 +52,7 @@ def plan(
     Args:
         model: Recipe name, recipe file, model directory or hub id.
         flops: Fraction of the FLOPs kept, 0 < flops <= 1; the recipe's when None.
+        latency: Instead of FLOPs, fraction kept of a request's time on this machine, 0 < latency < 1.
         scope: What the fraction is of, and what may be cut.
         calibration: Directory or file in an official format; the recipe's data when None.
         samples: Calibration questions.
@@ -69,6 +71,7 @@ def plan(
     require_export()
     given = {
         "flops": flops,
+        "latency": latency,
         "scope": scope,
         "calibration": calibration and Path(calibration),
         "samples": samples,

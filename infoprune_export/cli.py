@@ -41,6 +41,14 @@ class _Fraction(click.ParamType):
         return number
 
 
+class _Share(_Fraction):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if number == 1:
+            self.fail("1 keeps all of the time: leave the option out, or ask for less", param, ctx)
+        return number
+
+
 class _Archs(click.ParamType):
     name = "SM,SM"
 
@@ -85,6 +93,11 @@ SHARED: dict[str, Callable] = {
     ),
     "flops": click.option(
         "--flops", type=_Fraction(), help="Fraction of the FLOPs kept, 0 < F <= 1; 1 exports unchanged.  [default: the recipe's, else 1]"
+    ),
+    "latency": click.option(
+        "--latency",
+        type=_Share(),
+        help="Instead of --flops: fraction kept of a request's time, measured on this machine with ONNX Runtime, 0 < L < 1.",
     ),
     "scope": click.option(
         "--scope", type=click.Choice(["all", "vision", "language"]), help="What the fraction is of, and what may be cut.  [default: all]"
@@ -146,7 +159,20 @@ def cli() -> None:
 
 @cli.command()
 @_options(
-    "model", "target", "flops", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "train_steps", "plan", "dry_run", "original"
+    "model",
+    "target",
+    "flops",
+    "latency",
+    "scope",
+    "dtype",
+    "out",
+    "gpu_arch",
+    "calibration",
+    "samples",
+    "train_steps",
+    "plan",
+    "dry_run",
+    "original",
 )
 @_options("resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
@@ -166,7 +192,20 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
 
 @cli.command()
 @_options(
-    "model", "flops", "scope", "out", "calibration", "samples", "train_steps", "seed", "device", "threads", "json", "verbose", "quiet"
+    "model",
+    "flops",
+    "latency",
+    "scope",
+    "out",
+    "calibration",
+    "samples",
+    "train_steps",
+    "seed",
+    "device",
+    "threads",
+    "json",
+    "verbose",
+    "quiet",
 )
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
@@ -242,13 +281,23 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Measuring time per part.")
+@click.option(
+    "--profile-layers", "layers", is_flag=True, help="Time the original's layers by heads and ranks instead: what --latency uses."
+)
 @_options("engine", "threads", "json", "verbose", "quiet")
-def bench(directory: Path, seconds: float, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
+def bench(directory: Path, seconds: float, layers: bool, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
     """Time a bundle and its original, interleaved."""
     from infoprune_export.bundle import Bundle
-    from infoprune_export.validation.bench import bench_bundle
+    from infoprune_export.validation.bench import bench_bundle, profile_bundle
 
     progress = _progress(given)
+    if layers:
+        if engine not in (None, "ort"):
+            raise click.UsageError(f"--profile-layers measures with ort, not with {engine}.")
+        from infoprune_export.validation.summary import layer_table
+
+        table = profile_bundle(Bundle.open(directory), threads=threads, progress=progress.counter())
+        return click.echo(table.model_dump_json(indent=1)) if as_json else _print(layer_table(table))
     engines = None if engine is None else [engine]
     result = bench_bundle(Bundle.open(directory), engines=engines, threads=threads, seconds=seconds, progress=progress.counter())
     _print_json(result.as_dict()) if as_json else _print(result.table())

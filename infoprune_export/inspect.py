@@ -82,9 +82,12 @@ def plan_tables(plan: Plan) -> list[Table | str]:
 
     facts, b = plan_facts(plan), plan.budget
     out: list[Table | str] = [
-        f"{plan.source.id}: {b.predicted:.4f} of {b.original_flops / 1e9:.3g} GFLOP kept, {b.requested:g} asked "
+        f"{plan.source.id}: {b.predicted:.4f} of {b.original_flops / 1e9:.3g} GFLOP kept, {b.asked} asked "
         f"({DENOMINATORS[b.scope]}; {plan.workload})"
     ]
+    if b.latency:
+        x = b.latency
+        out.append(f"time of a request here: {x.predicted:.4f} of {x.original_ms:.3g} ms predicted, {x.requested:g} asked")
     if b.eps:
         out.append("feed-forward spectral mass cut off (KS distance): " + ", ".join(f"{tower} {eps:.4f}" for tower, eps in b.eps.items()))
     if plan.training:
@@ -126,7 +129,7 @@ def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
     for name, record in m.files.items():
         table.add_row(name, f"{record.bytes / 1e6:.2f}")
     return facts, [
-        f"{m.source.id}: {m.flops.achieved:.4f} of the FLOPs kept, {m.flops.requested:g} asked ({m.flops.denominator}; {m.workload})",
+        f"{m.source.id}: {m.flops.achieved:.4f} of the FLOPs kept, {bundle.plan().budget.asked} asked ({m.flops.denominator}; {m.workload})",
         table,
         *plan_tables(bundle.plan())[1:],
     ]

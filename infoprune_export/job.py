@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from infoprune_export.compress.statistics import Batch, Statistics
     from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.models.load import SourceModel
+    from infoprune_export.timetable import TimeTable
+    from infoprune_export.validation.stand_ins import Setting
 
 Key = TypeVar("Key")
 
@@ -76,15 +78,17 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         warn: Gets a line where a default is not what one would choose.
 
     Raises:
-        InputError: nothing of that name; near names are suggested.
+        InputError: nothing of that name (near names are suggested), or two budgets.
     """
+    if given.get("flops") is not None and given.get("latency") is not None:
+        raise InputError("--flops and --latency are two budgets", mend="give one: --latency allocates by times measured on this machine")
     names, path = packaged(), Path(model)
     if model in names:
         recipe = read(names[model])
     elif path.suffix in (".yaml", ".yml"):
         recipe = read(path)
     elif path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
-        if given.get("calibration") is None and (given.get("flops") or 1) != 1:
+        if given.get("calibration") is None and (given.get("latency") or given.get("flops") or 1) != 1:
             warn("no calibration data named: using the small packaged set; data like your own is better (--calibration)")
         tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
         local = path.is_dir()
@@ -96,8 +100,10 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
             f"no recipe, file or directory {model!r}{near(model, list(names))}",
             mend=f"recipes: {', '.join(names)}; or name a recipe file, a model directory or a hub id org/name",
         )
-    fields = ("flops", "scope", "dtype", "samples", "train_steps", "max_drop", "min_speedup")
+    fields = ("flops", "latency", "scope", "dtype", "samples", "train_steps", "max_drop", "min_speedup")
     changes: dict[str, Any] = {k: given[k] for k in fields if given.get(k) is not None}
+    if {"flops", "latency"} & changes.keys():  # what is asked for here stands in place of the recipe's budget
+        changes = {"flops": 1.0, "latency": None, **changes}
     if given.get("targets"):
         changes["targets"] = list(dict.fromkeys(given["targets"]))
     if given.get("calibration"):
@@ -197,7 +203,7 @@ class Job:
 
         recipe = self.recipe
         used = [*recipe.evaluation.values()]
-        if recipe.flops < 1 or recipe.train_steps or self.options.plan or not used:
+        if recipe.kept < 1 or recipe.train_steps or self.options.plan or not used:
             used += recipe.calibration
         if recipe.train_steps:
             used += [*recipe.training, *recipe.validation]
@@ -279,7 +285,7 @@ class Job:
 
     def decide(self) -> Plan:
         """The plan: the one given, or the one that the criterion and the budget make."""
-        from infoprune_export.compress.decide import decide, keep_everything
+        from infoprune_export.compress.decide import keep_everything
 
         recipe, source = self.recipe, self.checkpoint.source
         if self.options.plan:
@@ -291,9 +297,11 @@ class Job:
             "scope": recipe.scope,
             "seed": self.options.seed,
         }
-        if recipe.flops == 1:
+        if recipe.kept == 1:
             return keep_everything(self.anatomy, **common)
-        plan = decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, **common)
+        if recipe.latency is not None:
+            _ = self.timed  # before the statistics take time and memory
+        plan = self._within_budget(**common)
         steps = round(recipe.recovery.head_share * recipe.train_steps)
         if not steps:
             return plan
@@ -309,10 +317,45 @@ class Job:
             directory=self.scratch,
             progress=self.progress,
         )
-        plan = decide(self.original, self.anatomy, self.statistics, flops=recipe.flops, heads=learned.heads, **common)
+        plan = self._within_budget(heads=learned.heads, **common)
         if learned.steps:
             plan.training = record_of(self.training_rows, self._training_names()).model_copy(update={"head_steps": learned.steps})
         return plan
+
+    def _within_budget(self, **choices: Any) -> Plan:
+        """Decides within the recipe's budget, of FLOPs or of time."""
+        from infoprune_export.compress.decide import decide
+
+        if self.recipe.latency is None:
+            return decide(self.original, self.anatomy, self.statistics, flops=self.recipe.flops, **choices)
+        from infoprune_export.validation.latency_budget import meet_latency
+
+        setting, table = self.timed
+        return meet_latency(
+            setting,
+            table,
+            self.recipe.latency,
+            lambda asked: decide(self.original, self.anatomy, self.statistics, latency=asked, table=table, **choices),
+            notify=self.progress.note,
+        )
+
+    @cached_property
+    def timed(self) -> tuple[Setting, TimeTable]:
+        """What time is measured for, and the table of this machine."""
+        from infoprune_export.validation.stand_ins import Setting
+        from infoprune_export.validation.table_cache import table_for
+
+        recipe, where = self.recipe, self.recipe.origin or self.recipe.name
+        if set(recipe.targets) == {"trt"}:
+            raise InputError("times are measured with ONNX Runtime, and the only target is trt", where=where, mend="use --flops")
+        if recipe.criterion.allocation != "ks":
+            raise InputError(
+                f"criterion.allocation {recipe.criterion.allocation} fixes shares of FLOPs",
+                where=where,
+                mend="use --flops, or criterion.allocation: ks",
+            )
+        setting = Setting(self.anatomy, self.workload, recipe.dtype or "fp32", self.options.threads)
+        return setting, table_for(setting, notify=self.progress.note, progress=self.progress.counter())
 
     def _training_names(self) -> list[str]:
         sources = self.recipe.training or self.recipe.calibration

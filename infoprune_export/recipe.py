@@ -161,6 +161,7 @@ class Recipe(_Strict):
     prompt: str = Field("USER: <image>\n{question} ASSISTANT:", description="used where the model has no chat template")
     workload: Workload = Workload()
     flops: float = Field(1.0, gt=0, le=1, description="fraction of the FLOPs kept")
+    latency: float | None = Field(None, gt=0, lt=1, description="instead of flops: fraction kept of a request's time on this machine")
     scope: Scope = "all"
     targets: list[TargetName] = ["ort"]
     dtype: Dtype | None = None
@@ -182,6 +183,17 @@ class Recipe(_Strict):
         if self.criterion.total_floors and self.recovery.head_share:
             raise ValueError("criterion.floors with a total and recovery.head_share do not go together")
         return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.latency is not None and self.flops < 1:
+            raise ValueError("flops and latency are two budgets: give one")
+        return self
+
+    @property
+    def kept(self) -> float:
+        """The fraction asked for, of time or of FLOPs; 1 exports the model as it is."""
+        return self.flops if self.latency is None else self.latency
 
     @property
     def origin(self) -> Path | None:

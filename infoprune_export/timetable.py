@@ -5,7 +5,7 @@ A table is plain data. `validation.profile` measures one with ONNX Runtime; anyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -116,10 +116,10 @@ class TimeTable(_Strict):
         """Nanoseconds that the original's request spends in a tower, with what belongs to it."""
         return sum(p.passes * p.whole for p in self._parts(tower))
 
-    def saved(self, plan: Plan) -> float:
-        """Nanoseconds of a request that a plan saves."""
+    def saved(self, plan: Plan, layers: Iterable[Layer] | None = None) -> float:
+        """Nanoseconds of a request that a plan saves, in some layers or in all (None)."""
         total = 0.0
-        for layer in plan.anatomy.layers():
+        for layer in plan.anatomy.layers() if layers is None else layers:
             decision = plan.decision(layer.tower, layer.index)
             total += self.attention(layer, layer.attention.kv_groups) - self.attention(layer, len(decision.kv_groups))
             for role, linear in layer.ffn.matrices.items():

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from infoprune_export.bundle import Bundle
 from infoprune_export.recipe import Workload
 from infoprune_export.runtime.session import EngineName
+from infoprune_export.timetable import TimeTable
 from infoprune_export.validation.baseline import find_baseline
 from infoprune_export.validation.report import Report
+from infoprune_export.validation.stand_ins import Setting
+from infoprune_export.validation.table_cache import measure_and_keep
 from infoprune_export.validation.validate import Notify, Progress, Run
 
 if TYPE_CHECKING:
@@ -53,3 +56,9 @@ def bench_bundle(
     run.measure_latency(run.preferred(runnable), inputs, workload, seconds)
     run.describe_machine()
     return Bench(run.report)
+
+
+def profile_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progress = lambda what, done, total: None) -> TimeTable:
+    """Measures the time table of a bundle's original on this machine, and keeps it for `--latency`."""
+    setting = Setting(bundle.plan().anatomy, bundle.manifest.workload, bundle.manifest.dtypes[0], threads)
+    return measure_and_keep(setting, progress=progress)
