@@ -158,23 +158,8 @@ def cli() -> None:
 
 
 @cli.command()
-@_options(
-    "model",
-    "target",
-    "flops",
-    "latency",
-    "scope",
-    "dtype",
-    "out",
-    "gpu_arch",
-    "calibration",
-    "samples",
-    "train_steps",
-    "plan",
-    "dry_run",
-    "original",
-)
-@_options("resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
+@_options("model", "target", "flops", "latency", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "train_steps", "plan")
+@_options("dry_run", "original", "resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
     from infoprune_export import job, launched, pipeline
@@ -191,22 +176,8 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
 
 
 @cli.command()
-@_options(
-    "model",
-    "flops",
-    "latency",
-    "scope",
-    "out",
-    "calibration",
-    "samples",
-    "train_steps",
-    "seed",
-    "device",
-    "threads",
-    "json",
-    "verbose",
-    "quiet",
-)
+@_options("model", "flops", "latency", "scope", "out", "calibration", "samples", "train_steps")
+@_options("seed", "device", "threads", "json", "verbose", "quiet")
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
     from infoprune_export import pipeline
@@ -281,9 +252,7 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Measuring time per part.")
-@click.option(
-    "--profile-layers", "layers", is_flag=True, help="Time the original's layers by heads and ranks instead: what --latency uses."
-)
+@click.option("--profile-layers", "layers", is_flag=True, help="Time the original's layers by heads and ranks: the table of --latency.")
 @_options("engine", "threads", "json", "verbose", "quiet")
 def bench(directory: Path, seconds: float, layers: bool, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
     """Time a bundle and its original, interleaved."""

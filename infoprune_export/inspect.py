@@ -114,7 +114,7 @@ def _of(kept: int, whole: int) -> str:
 def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
     from rich.table import Table
 
-    m = bundle.manifest
+    m, plan = bundle.manifest, bundle.plan()
     facts = {
         "source": m.source.model_dump(),
         "flops": m.flops.model_dump(),
@@ -129,9 +129,9 @@ def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
     for name, record in m.files.items():
         table.add_row(name, f"{record.bytes / 1e6:.2f}")
     return facts, [
-        f"{m.source.id}: {m.flops.achieved:.4f} of the FLOPs kept, {bundle.plan().budget.asked} asked ({m.flops.denominator}; {m.workload})",
+        f"{m.source.id}: {m.flops.achieved:.4f} of the FLOPs kept, {plan.budget.asked} asked ({m.flops.denominator}; {m.workload})",
         table,
-        *plan_tables(bundle.plan())[1:],
+        *plan_tables(plan)[1:],
     ]
 
 

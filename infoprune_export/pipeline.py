@@ -57,7 +57,8 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     job = Job(recipe, options, progress)
     if recipe.kept < TRAINING_ADVISED and not recipe.train_steps and not options.plan:
         job.progress.note(
-            f"keeping {recipe.kept:g} of the {'FLOPs' if recipe.latency is None else 'time'} without training costs accuracy; --train-steps 400 can win much of it back"
+            f"keeping {recipe.kept:g} of the {'FLOPs' if recipe.latency is None else 'time'} without training costs accuracy; "
+            "--train-steps 400 can win much of it back"
         )
     return run(job)
 

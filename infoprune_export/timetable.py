@@ -92,12 +92,15 @@ class TimeTable(_Strict):
 
     Attributes:
         parts: Of one request.
-        end_to_end: Nanoseconds of the original's whole request.
     """
 
     conditions: Conditions
     parts: dict[PartName, Part]
-    end_to_end: float
+
+    @property
+    def end_to_end(self) -> float:
+        """Nanoseconds of the original's whole request."""
+        return sum(p.passes * p.whole for p in self.parts.values())
 
     def attention(self, layer: Layer, groups: int) -> float:
         """Nanoseconds that one request spends in a layer's attention block with so many KV groups."""

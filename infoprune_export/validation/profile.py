@@ -7,7 +7,7 @@ counts of the workload; sizes of one shape take turns.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,13 +20,17 @@ from infoprune_export.models.anatomy import Layer, Linear
 from infoprune_export.runtime.session import PAST
 from infoprune_export.timetable import PARTS_OF, Curve, Matrix, Part, PartName, TimeTable, attention_key, matrix_key
 from infoprune_export.validation.latency import Sample, interleave, timed
-from infoprune_export.validation.stand_ins import Setting, original_times
+from infoprune_export.validation.stand_ins import Original, Setting
 
 SHARES = (0.05, 0.25, 0.5, 0.75, 1.0)
 """Of an attention block's groups, and of the rank at which a pair has the FLOPs of its dense matrix."""
 RANK_MULTIPLE = 8
 STACK_BYTES = 2**28
 """Weights of the copies of a part that are timed together: enough to be read from memory as in a network."""
+REFERENCE = "reference"
+
+Times = dict[int | None, float]
+"""Kept groups, or rank (None: dense), to time."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -38,24 +42,34 @@ def measure_table(setting: Setting, seconds: float = 3.0, progress: Progress = l
         seconds: For each shape in each part, and for each part of the whole; no less than three rounds.
         progress: Told how many shapes are done, and of how many.
     """
-    parts = {name: Part(passes=n, whole=0, attention={}, matrices={}) for name, n in setting.passes.items()}
-    work = [(name, setting.anatomy.tower(tower).layers) for tower, names in PARTS_OF.items() for name in names if name in parts]
-    total, done = sum(len(_shapes(layers)) for _, layers in work) + 1, 0
+    shapes = {name: _shapes(setting.anatomy.tower(tower).layers) for tower, names in PARTS_OF.items() for name in names}
+    shapes = {name: own for name, own in shapes.items() if name in setting.passes}
+    total, done = sum(map(len, shapes.values())) + 1, 0
+    original = Original(setting)
+    relative: dict[PartName, dict[str, Times]] = {name: {} for name in shapes}
     with tempfile.TemporaryDirectory() as directory:
-        for name, layers in work:
-            for key, (shape, times) in _shapes(layers).items():
+        for name, own in shapes.items():
+            for key, (shape, layers) in own.items():
                 progress("timing layers", done, total)
-                if isinstance(shape, Layer):
-                    parts[name].attention[key] = _attention(setting, name, shape, times, Path(directory), seconds)
-                else:
-                    parts[name].matrices[key] = _matrix(setting, name, shape, times, Path(directory), seconds)
+                relative[name][key] = _relative(setting, name, shape, layers, original.reference[name], Path(directory), seconds)
                 done += 1
-        progress("timing layers", done, total)
-    whole = original_times(setting, seconds)
-    for name, part in parts.items():
-        part.whole = whole[name]
+    progress("timing layers", done, total)
+    whole, reference = original.times(seconds)
+    parts = {}
+    for name, n in setting.passes.items():
+        times = {key: {size: x * reference[name] for size, x in own.items()} for key, own in relative[name].items()}
+        parts[name] = Part(
+            passes=n,
+            whole=whole[name],
+            attention={key: _curve(own) for key, own in times.items() if None not in own},
+            matrices={key: Matrix(dense=own.pop(None), pair=_curve(own)) for key, own in times.items() if None in own},
+        )
     progress("timing layers", total, total)
-    return TimeTable(conditions=setting.conditions(), parts=parts, end_to_end=whole["end_to_end"])
+    return TimeTable(conditions=setting.conditions(), parts=parts)
+
+
+def _curve(times: Times) -> Curve:
+    return Curve(sizes=list(times), nanoseconds=list(times.values()))
 
 
 def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[Layer | Linear, int]]:
@@ -67,33 +81,28 @@ def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[Layer | Linear, int]]:
     return found
 
 
-def _attention(setting: Setting, part: PartName, layer: Layer, copies: int, directory: Path, seconds: float) -> Curve:
-    a = layer.attention
-    copies = _copies(setting, copies, 4 * a.q.d_in * a.heads * a.head_dim)
-    sizes = sorted({max(1, round(share * a.kv_groups)) for share in SHARES})
-    path = directory / "attention.onnx"
-    sides = {n: _sample(setting, part, setting.open(stacks.attention(path, layer, n, copies, setting.dtype))) for n in sizes}
-    times = _medians(sides, seconds, copies)
-    return Curve(sizes=sizes, nanoseconds=[times[n] for n in sizes])
-
-
-def _matrix(setting: Setting, part: PartName, linear: Linear, copies: int, directory: Path, seconds: float) -> Matrix:
-    copies = _copies(setting, copies, linear.d_in * linear.d_out)
-    even = linear.d_in * linear.d_out / (linear.d_in + linear.d_out)
-    ranks = sorted({max(1, round(share * even / RANK_MULTIPLE) * RANK_MULTIPLE) for share in SHARES})
-    path = directory / "matrix.onnx"
-    sides = {r: _sample(setting, part, setting.open(stacks.matrix(path, linear, r, copies, setting.dtype))) for r in (None, *ranks)}
-    times = _medians(sides, seconds, copies)
-    return Matrix(dense=times[None], pair=Curve(sizes=ranks, nanoseconds=[times[r] for r in ranks]))
+def _relative(
+    setting: Setting, part: PartName, shape: Layer | Linear, layers: int, reference: Sample, directory: Path, seconds: float
+) -> Times:
+    """Times of one layer's part of some shape by size, in relation to the reference that takes turns with them."""
+    path = directory / "graph.onnx"
+    if isinstance(shape, Layer):
+        a = shape.attention
+        copies = _copies(setting, layers, 4 * a.q.d_in * a.heads * a.head_dim)
+        sizes = sorted({max(1, round(share * a.kv_groups)) for share in SHARES})
+        write = stacks.attention
+    else:
+        copies = _copies(setting, layers, shape.d_in * shape.d_out)
+        even = shape.d_in * shape.d_out / (shape.d_in + shape.d_out)
+        sizes = [None, *sorted({max(1, round(share * even / RANK_MULTIPLE) * RANK_MULTIPLE) for share in SHARES})]
+        write = stacks.matrix
+    sides = {size: _sample(setting, part, setting.open(write(path, shape, size, copies, setting.dtype))) for size in sizes}
+    times = {side: median(ms) for side, ms in interleave({**sides, REFERENCE: reference}, seconds=seconds, warmup_rounds=1).items()}
+    return {size: times[size] / times[REFERENCE] / copies for size in sizes}
 
 
 def _copies(setting: Setting, layers: int, weights: int) -> int:
     return max(1, min(layers, STACK_BYTES // (weights * setting.itemsize)))
-
-
-def _medians(sides: Mapping[int | None, Sample], seconds: float, copies: int) -> dict[int | None, float]:
-    """Nanoseconds of one copy, by side."""
-    return {size: 1e6 * median(ms) / copies for size, ms in interleave(sides, seconds=seconds).items()}
 
 
 def _sample(setting: Setting, part: PartName, engine: Engine) -> Sample:

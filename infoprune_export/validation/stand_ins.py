@@ -80,26 +80,35 @@ class Setting:
         return 4 if self.dtype == "fp32" else 2
 
 
-def original_times(setting: Setting, seconds: float) -> dict[str, float]:
-    """Nanoseconds of every part of the original, and of its whole request, each measured for so many seconds.
+class Original:
+    """The original's stand-in, open for as long as parts of it are timed.
 
     Of towers too large for the memory one and some more layers are run, and what the others would take is added.
+
+    Attributes:
+        reference: Part to a run of it. What is timed in turn with it can be put in relation to it, whatever the machine did meanwhile.
     """
-    towers = fitting(setting)
-    full = [setting.anatomy.tower(t).layers for t in PARTS_OF]
-    depths = [towers] if _depth(towers) == _depth(full) else [towers, [layers[:1] for layers in full]]
-    blocks = {_depth(t): [[stacks.whole(x) for x in layers] for layers in t] for t in depths}
-    times, passes = _times(setting, blocks, None, seconds), setting.passes
-    found = dict(times[_depth(towers)])
-    if len(depths) == 1:
-        return found
-    rest = found["end_to_end"] - sum(n * found[part] for part, n in passes.items())
-    for part in passes:
-        tower = int(part != "vision")
-        if some := len(towers[tower]) - 1:
-            layer = (found[part] - times[_depth(depths[1])][part]) / some
-            found[part] += (len(full[tower]) - len(towers[tower])) * max(0.0, layer)
-    return found | {"end_to_end": rest + sum(n * found[part] for part, n in passes.items())}
+
+    def __init__(self, setting: Setting):
+        self._setting, self._towers = setting, fitting(setting)
+        self._full = [setting.anatomy.tower(t).layers for t in PARTS_OF]
+        whole = _depth(self._towers) == _depth(self._full)
+        self._depths = [self._towers] if whole else [self._towers, [layers[:1] for layers in self._full]]
+        blocks = {_depth(t): [[stacks.whole(x) for x in layers] for layers in t] for t in self._depths}
+        self._samples = _samples(setting, blocks)
+        self.reference = self._samples[_depth(self._depths[-1])]
+
+    def times(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+        """Nanoseconds of every part, each timed for so many seconds: of the original, and of the reference."""
+        times = _times(self._samples, seconds)
+        found, reference = dict(times[_depth(self._towers)]), times[_depth(self._depths[-1])]
+        if len(self._depths) > 1:
+            for part in found:
+                tower = int(part != "vision")
+                if more := len(self._towers[tower]) - 1:
+                    layer = max(0.0, (found[part] - reference[part]) / more)
+                    found[part] += (len(self._full[tower]) - len(self._towers[tower])) * layer
+        return found, reference
 
 
 def share_that_arrives(setting: Setting, table: TimeTable, plan: Plan, seconds: float) -> float:
@@ -107,8 +116,8 @@ def share_that_arrives(setting: Setting, table: TimeTable, plan: Plan, seconds: 
     towers = fitting(setting)
     layers = [x for tower in towers for x in tower]
     blocks = {name: [[_block(x, p) for x in tower] for tower in towers] for name, p in (("original", None), ("plan", plan))}
-    times = _times(setting, blocks, ["end_to_end"], seconds)
-    before, after = times["original"]["end_to_end"], times["plan"]["end_to_end"]
+    times = _times(_samples(setting, blocks), seconds)
+    before, after = (sum(n * times[name][part] for part, n in setting.passes.items()) for name in ("original", "plan"))
     whole = len(layers) == len(plan.layers)
     saved = table.saved(plan, layers) / (table.end_to_end if whole else before)
     return (1 - after / before) / saved if saved > 0 else 1.0
@@ -138,22 +147,24 @@ def _block(layer: Layer, plan: Plan | None) -> Block:
     return Block(layer, len(decision.kv_groups), decision.ranks)
 
 
-def _times(
-    setting: Setting, networks: Mapping[Name, Sequence[Sequence[Block]]], parts: Sequence[str] | None, seconds: float
-) -> dict[Name, dict[str, float]]:
-    """Median nanoseconds of parts (None: all) of several networks, in turn."""
+def _samples(setting: Setting, networks: Mapping[Name, Sequence[Sequence[Block]]]) -> dict[Name, dict[str, Sample]]:
+    """Network to part to a run of it."""
     config = ModelConfig(setting.anatomy.vocab_size - 1, (), None)
     inputs = random_inputs(setting.anatomy, setting.workload, config.image_token_id)
-    samples: dict[Name, dict[str, Sample]] = {}
+    found = {}
     with tempfile.TemporaryDirectory() as directory:
         for name, towers in networks.items():
             session = Session(_components(setting, towers, Path(directory)), config)
-            samples[name] = part_samples(session, inputs, setting.workload.new_tokens)
-    found: dict[Name, dict[str, float]] = {name: {} for name in networks}
-    for part in parts or next(iter(samples.values())):
-        for name, ms in interleave({name: s[part] for name, s in samples.items()}, seconds=seconds).items():
-            found[name][part] = 1e6 * median(ms)
+            samples = part_samples(session, inputs, setting.workload.new_tokens)
+            found[name] = {part: samples[part] for part in setting.passes}
     return found
+
+
+def _times(networks: Mapping[Name, Mapping[str, Sample]], seconds: float) -> dict[Name, dict[str, float]]:
+    """Network to part to its median nanoseconds, all in turn, each for so many seconds on average."""
+    sides = {(name, part): sample for name, parts in networks.items() for part, sample in parts.items()}
+    medians = {side: 1e6 * median(ms) for side, ms in interleave(sides, seconds=seconds * len(sides)).items()}
+    return {name: {part: medians[name, part] for part in parts} for name, parts in networks.items()}
 
 
 def _components(setting: Setting, towers: Sequence[Sequence[Block]], directory: Path) -> dict[str, Engine]:
