@@ -25,26 +25,19 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Curve(_Strict):
-    """Nanoseconds against a size: straight lines between the sizes measured, and never less for more.
+class Savings(_Strict):
+    """Nanoseconds that a pass saves by each layer where something is kept at a size: straight lines between the sizes measured.
 
     Attributes:
-        sizes: Measured, ascending.
-        nanoseconds: Median of each.
+        sizes: Measured, ascending: KV groups of an attention block, or the rank of a pair.
+        nanoseconds: Saved against the original; more size never saves more.
     """
 
     sizes: list[int]
     nanoseconds: list[float]
 
     def __call__(self, size: int) -> float:
-        return float(np.interp(size, self.sizes, np.maximum.accumulate(self.nanoseconds)))
-
-
-class Matrix(_Strict):
-    """A feed-forward matrix: dense, and as a pair against its rank."""
-
-    dense: float
-    pair: Curve
+        return float(np.interp(size, self.sizes, np.minimum.accumulate(self.nanoseconds)))
 
 
 class Part(_Strict):
@@ -53,14 +46,14 @@ class Part(_Strict):
     Attributes:
         passes: How often a request has it.
         whole: Nanoseconds of the original's part.
-        attention: Shape of an attention block (see `attention_key`) to its time against kept KV groups.
-        matrices: Shape of a feed-forward matrix (see `matrix_key`) to its times.
+        attention: Shape of an attention block (see `attention_key`) to what fewer KV groups save.
+        pairs: Shape of a feed-forward matrix (see `matrix_key`) to what a pair in its place saves; below 0 where it costs more.
     """
 
     passes: int
     whole: float
-    attention: dict[str, Curve]
-    matrices: dict[str, Matrix]
+    attention: dict[str, Savings]
+    pairs: dict[str, Savings]
 
 
 class Conditions(_Strict):
@@ -102,18 +95,21 @@ class TimeTable(_Strict):
         """Nanoseconds of the original's whole request."""
         return sum(p.passes * p.whole for p in self.parts.values())
 
-    def attention(self, layer: Layer, groups: int) -> float:
-        """Nanoseconds that one request spends in a layer's attention block with so many KV groups."""
+    def saved_by_heads(self, layer: Layer, groups: int) -> float:
+        """Nanoseconds of a request that a layer saves where so many KV groups stay."""
+        if groups == layer.attention.kv_groups:
+            return 0.0
         return sum(p.passes * p.attention[attention_key(layer)](groups) for p in self._parts(layer.tower))
 
-    def matrix(self, linear: Linear, tower: TowerName, rank: int | None) -> float:
-        """Nanoseconds that one request spends in a feed-forward matrix, dense (None) or as a pair."""
-        found = [(p.passes, p.matrices[matrix_key(linear)]) for p in self._parts(tower)]
-        return sum(n * (m.dense if rank is None else m.pair(rank)) for n, m in found)
+    def saved_by_pair(self, linear: Linear, tower: TowerName, rank: int | None) -> float:
+        """Nanoseconds of a request that a matrix saves as a pair; none where it stays dense (None)."""
+        if rank is None:
+            return 0.0
+        return sum(p.passes * p.pairs[matrix_key(linear)](rank) for p in self._parts(tower))
 
     def largest_rank(self, linear: Linear, tower: TowerName) -> int:
         """The largest rank that was measured."""
-        return min((p.matrices[matrix_key(linear)].pair.sizes[-1] for p in self._parts(tower)), default=0)
+        return min((p.pairs[matrix_key(linear)].sizes[-1] for p in self._parts(tower)), default=0)
 
     def tower(self, tower: TowerName) -> float:
         """Nanoseconds that the original's request spends in a tower, with what belongs to it."""
@@ -124,9 +120,8 @@ class TimeTable(_Strict):
         total = 0.0
         for layer in plan.anatomy.layers() if layers is None else layers:
             decision = plan.decision(layer.tower, layer.index)
-            total += self.attention(layer, layer.attention.kv_groups) - self.attention(layer, len(decision.kv_groups))
-            for role, linear in layer.ffn.matrices.items():
-                total += self.matrix(linear, layer.tower, None) - self.matrix(linear, layer.tower, decision.ranks[role])
+            total += self.saved_by_heads(layer, len(decision.kv_groups))
+            total += sum(self.saved_by_pair(m, layer.tower, decision.ranks[role]) for role, m in layer.ffn.matrices.items())
         return total
 
     def kept(self, plan: Plan) -> float:

@@ -58,7 +58,8 @@ class Flops(Prices):
 class Nanoseconds(Prices):
     """Every part costs the time that it takes; a budget is always over the whole request, end to end.
 
-    A unit costs the mean of what the units of its layer save, one after the other.
+    A table knows what is saved, which is all that an allocation compares: a matrix costs what it takes more than its smallest pair,
+    and what is left of a layer then is part of what cannot be cut. A unit costs the mean of what those of its layer save.
     """
 
     option = "--latency"
@@ -73,9 +74,9 @@ class Nanoseconds(Prices):
         return round(self._table.tower(name))
 
     def unit(self, layer: Layer) -> int:
-        groups = layer.attention.kv_groups
-        return round((self._table.attention(layer, groups) - self._table.attention(layer, 1)) / max(1, groups - 1))
+        return max(1, round(self._table.saved_by_heads(layer, 1) / max(1, layer.attention.kv_groups - 1)))
 
     def matrix(self, layer: Layer, role: str) -> Measured:
         linear, table = layer.linear(role), self._table
-        return Measured(lambda rank: round(table.matrix(linear, layer.tower, rank)), table.largest_rank(linear, layer.tower))
+        most = max(0.0, table.saved_by_pair(linear, layer.tower, 1))
+        return Measured(lambda rank: round(most - table.saved_by_pair(linear, layer.tower, rank)), table.largest_rank(linear, layer.tower))

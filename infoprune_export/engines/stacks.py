@@ -1,4 +1,4 @@
-"""Graphs made only to be timed: stacks of a model's layers, or of one of their parts, kept whole or in part.
+"""Graphs made only to be timed: the three components of a model, their layers kept whole or in part.
 
 They have the operators, shapes and names of exported graphs. Weights are constants that ONNX Runtime makes while it loads a graph,
 each with a value of its own so that no two are taken for one: the files hold a few kB, and times of dense products do not depend
@@ -30,13 +30,11 @@ class Block:
         layer: Its sizes.
         groups: KV groups of its attention.
         ranks: Feed-forward role to rank, None for dense.
-        attention_alone: Leave the feed-forward out.
     """
 
     layer: Layer
     groups: int
     ranks: dict[str, int | None]
-    attention_alone: bool = False
 
 
 def whole(layer: Layer) -> Block:
@@ -129,49 +127,23 @@ def embedding(path: Path, anatomy: Anatomy, dtype: Dtype) -> Path:
 
 def decoder(path: Path, anatomy: Anatomy, blocks: Sequence[Block], dtype: Dtype) -> Path:
     """A decoder of these blocks, with its head."""
-    g = _Graph(dtype)
-    x = _decoder_blocks(g, anatomy.language.hidden, blocks)
-    x = g.add("RMSNormalization", x, g.weight(anatomy.language.hidden))
-    x = g.add("Slice", x, g.integers(-1), g.integers(2**62), g.integers(1))
-    g.add("MatMul", x, g.weight(anatomy.language.hidden, anatomy.vocab_size), out="logits")
-    g.output("logits", ("batch", 1, anatomy.vocab_size))
-    return g.save(path)
-
-
-def attention(path: Path, layer: Layer, groups: int, copies: int, dtype: Dtype) -> Path:
-    """Attention blocks alone, one after the other; the ports are those of `decoder`, or `x` [batch, tokens, hidden]."""
-    g, blocks = _Graph(dtype), [Block(layer, groups, {}, attention_alone=True)] * copies
-    hidden = layer.attention.q.d_in
-    x = _decoder_blocks(g, hidden, blocks) if layer.tower == "language" else _vision_blocks(g, hidden, blocks)
-    _first_value(g, [x])
-    return g.save(path)
-
-
-def matrix(path: Path, linear: Linear, rank: int | None, copies: int, dtype: Dtype) -> Path:
-    """Copies of a matrix, dense or as a pair, side by side on `x` [batch, tokens, d_in]."""
-    g = _Graph(dtype)
-    x = g.input("x", ("batch", "tokens", linear.d_in))
-    _first_value(g, [g.linear(x, linear, rank=rank) for _ in range(copies)])
-    return g.save(path)
-
-
-def _vision_blocks(g: _Graph, hidden: int, blocks: Sequence[Block]) -> str:
-    return _blocks(g, g.input("x", ("batch", "tokens", hidden)), blocks, _attend_all(g))
-
-
-def _decoder_blocks(g: _Graph, hidden: int, blocks: Sequence[Block]) -> str:
+    g, hidden = _Graph(dtype), anatomy.language.hidden
     x = g.input("inputs_embeds", ("batch", "sequence", hidden))
     mask = g.input("attention_mask", ("batch", "past + sequence"), TensorProto.INT64)
     positions = g.input("position_ids", ("batch", "sequence"), TensorProto.INT64)
-    return _blocks(g, x, blocks, _attend_to_the_past(g, x, mask, positions, blocks[0].layer.attention.head_dim))
+    x = _blocks(g, x, blocks, _attend_to_the_past(g, x, mask, positions, blocks[0].layer.attention.head_dim))
+    x = g.add("RMSNormalization", x, g.weight(hidden))
+    x = g.add("Slice", x, g.integers(-1), g.integers(2**62), g.integers(1))
+    g.add("MatMul", x, g.weight(hidden, anatomy.vocab_size), out="logits")
+    g.output("logits", ("batch", 1, anatomy.vocab_size))
+    return g.save(path)
 
 
 def _blocks(g: _Graph, x: str, blocks: Sequence[Block], attend: Attend) -> str:
     for block in blocks:
         layer, norm = block.layer, "RMSNormalization" if block.layer.tower == "language" else "LayerNormalization"
         x = g.add("Add", x, _attention(g, g.add(norm, x, g.weight(layer.attention.q.d_in)), block, attend))
-        if not block.attention_alone:
-            x = g.add("Add", x, _feed_forward(g, g.add(norm, x, g.weight(layer.attention.q.d_in)), block))
+        x = g.add("Add", x, _feed_forward(g, g.add(norm, x, g.weight(layer.attention.q.d_in)), block))
     return x
 
 
@@ -223,10 +195,3 @@ def _attend_to_the_past(g: _Graph, x: str, mask: str, positions: str, head_dim: 
         return g.add("Attention", g.add("RotaryEmbedding", q, *turn), *joined, allowed)
 
     return attend
-
-
-def _first_value(g: _Graph, results: list[str]) -> None:
-    """Needs every result and costs next to nothing."""
-    firsts = [g.add("Slice", x, g.integers(0, 0), g.integers(1, 1), g.integers(1, 2)) for x in results]
-    g.add("Concat", *firsts, out="first", axis=0)
-    g.output("first", ("n", 1, 1))

@@ -7,7 +7,7 @@ norms, head, the runtime's own work.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,10 +25,13 @@ from infoprune_export.plans import Plan
 from infoprune_export.recipe import Dtype, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import Session
-from infoprune_export.timetable import PARTS_OF, Conditions, PartName, TimeTable, shapes_of
+from infoprune_export.timetable import PARTS_OF, Conditions, PartName, TimeTable, attention_key, matrix_key, shapes_of
 from infoprune_export.validation.latency import Sample, interleave, part_samples, random_inputs
 
 ENGINE = "ort"
+MOST_LAYERS = 12
+"""Of a tower that are run: a deeper one's time is that of its parts times more of them."""
+
 Name = TypeVar("Name", bound=Hashable)
 
 Towers = Sequence[Sequence[Layer]]
@@ -64,10 +67,6 @@ class Setting:
             versions={name: v for name, v in machine.packages.items() if name.startswith("onnxruntime")},
         )
 
-    def open(self, path: Path) -> Engine:
-        """A graph, ready to run."""
-        return OrtEngine.open(path, self.threads)
-
     @property
     def passes(self) -> dict[PartName, int]:
         """How often a request has each part; parts that it does not have are left out."""
@@ -80,99 +79,101 @@ class Setting:
         return 4 if self.dtype == "fp32" else 2
 
 
-class Original:
-    """The original's stand-in, open for as long as parts of it are timed.
-
-    Of towers too large for the memory one and some more layers are run, and what the others would take is added.
+class StandIns:
+    """Stand-ins of one setting, opened as they are needed.
 
     Attributes:
-        reference: Part to a run of it. What is timed in turn with it can be put in relation to it, whatever the machine did meanwhile.
+        layers: Of both towers that the stand-in for the original has: all, or as many, evenly spaced, as fit into memory twice.
+        sample: Of these, the layers whose parts are changed one at a time: all, or one of every shape where the stand-in has not all.
+        at_once: How many changed networks fit into memory beside an unchanged one.
     """
 
     def __init__(self, setting: Setting):
-        self._setting, self._towers = setting, fitting(setting)
-        self._full = [setting.anatomy.tower(t).layers for t in PARTS_OF]
-        whole = _depth(self._towers) == _depth(self._full)
-        self._depths = [self._towers] if whole else [self._towers, [layers[:1] for layers in self._full]]
-        blocks = {_depth(t): [[stacks.whole(x) for x in layers] for layers in t] for t in self._depths}
-        self._samples = _samples(setting, blocks)
-        self.reference = self._samples[_depth(self._depths[-1])]
+        self.setting = setting
+        self._full = [list(setting.anatomy.tower(t).layers) for t in PARTS_OF]
+        # In weights: half of the memory is left alone, and ONNX Runtime holds a graph's weights twice while it loads it.
+        room = memory().available / (4 * setting.itemsize)
+        outside = 2 * setting.anatomy.vocab_size * setting.anatomy.language.hidden
+        n = min(MOST_LAYERS, max(2, int((room / 2 - outside) / sum(max(map(_weights, layers)) for layers in self._full))))
+        self.layers = [[layers[i * len(layers) // n] for i in range(n)] if n < len(layers) else layers for layers in self._full]
+        self.sample = self.layers if self.complete else [_distinct(layers) for layers in self.layers]
+        self.at_once = max(1, int(room / (outside + sum(_weights(x) for layers in self.sample for x in layers))) - 1)
+        self._config = ModelConfig(setting.anatomy.vocab_size - 1, (), None)
+        self._inputs = random_inputs(setting.anatomy, setting.workload, self._config.image_token_id)
+        self._shared: dict[str, tuple[Sequence[Block], Engine]] = {}
 
-    def times(self, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-        """Nanoseconds of every part, each timed for so many seconds: of the original, and of the reference."""
-        times = _times(self._samples, seconds)
-        found, reference = dict(times[_depth(self._towers)]), times[_depth(self._depths[-1])]
-        if len(self._depths) > 1:
-            for part in found:
-                tower = int(part != "vision")
-                if more := len(self._towers[tower]) - 1:
-                    layer = max(0.0, (found[part] - reference[part]) / more)
-                    found[part] += (len(self._full[tower]) - len(self._towers[tower])) * layer
-        return found, reference
+    @property
+    def complete(self) -> bool:
+        """Whether the stand-in for the original has all layers."""
+        return self.layers == self._full
+
+    def open(self, change: Callable[[Layer], Block] = stacks.whole, layers: Towers | None = None) -> dict[PartName, Sample]:
+        """Part to a run of it, of a network of these layers (None: `sample`), each changed.
+
+        A component that does not differ from the one opened before is shared with it.
+        """
+        vision, language = ([change(x) for x in tower] for tower in (layers or self.sample))
+        anatomy, dtype = self.setting.anatomy, self.setting.dtype
+        engines = {
+            VISION: self._engine(VISION, vision, lambda path: stacks.vision(path, anatomy, vision, dtype)),
+            EMBED: self._engine(EMBED, (), lambda path: stacks.embedding(path, anatomy, dtype)),
+            DECODER: self._engine(DECODER, language, lambda path: stacks.decoder(path, anatomy, language, dtype)),
+        }
+        samples = part_samples(Session(engines, self._config), self._inputs, self.setting.workload.new_tokens)
+        return {part: samples[part] for part in self.setting.passes}
+
+    def original_times(self, seconds: float) -> tuple[dict[PartName, float], dict[PartName, float]]:
+        """Nanoseconds of every part of the original and of `sample`; what layers take for which there is no memory is added."""
+        if self.complete:
+            times = times_in_turn({"all": self.open()}, seconds)["all"]
+            return times, times
+        times = times_in_turn({"sample": self.open(), "more": self.open(layers=self.layers)}, seconds)
+        found, sample = times["more"], times["sample"]
+        for part, ns in found.items():
+            full, more, few = (len(towers[int(part != "vision")]) for towers in (self._full, self.layers, self.sample))
+            if more > few:
+                found[part] = ns + (full - more) * max(0.0, ns - sample[part]) / (more - few)
+        return found, sample
+
+    def _engine(self, component: str, blocks: Sequence[Block], write: Callable[[Path], Path]) -> Engine:
+        kept = self._shared.get(component)
+        if kept is not None and kept[0] == blocks:
+            return kept[1]
+        with tempfile.TemporaryDirectory() as directory:
+            engine = OrtEngine.open(write(Path(directory) / f"{component}.onnx"), self.setting.threads)
+        self._shared.setdefault(component, (blocks, engine))
+        return engine
 
 
-def share_that_arrives(setting: Setting, table: TimeTable, plan: Plan, seconds: float) -> float:
-    """Of the time that a plan saves by a table, the share that is saved end to end, on as many layers as fit; 1 where it saves none."""
-    towers = fitting(setting)
-    layers = [x for tower in towers for x in tower]
-    blocks = {name: [[_block(x, p) for x in tower] for tower in towers] for name, p in (("original", None), ("plan", plan))}
-    times = _times(_samples(setting, blocks), seconds)
-    before, after = (sum(n * times[name][part] for part, n in setting.passes.items()) for name in ("original", "plan"))
-    whole = len(layers) == len(plan.layers)
-    saved = table.saved(plan, layers) / (table.end_to_end if whole else before)
-    return (1 - after / before) / saved if saved > 0 else 1.0
-
-
-def fitting(setting: Setting) -> Towers:
-    """Layers, evenly spaced, of which two networks fit into memory with room to spare; all where they do."""
-    # Two networks, and each graph's weights twice while ONNX Runtime loads it; half of the memory is left alone.
-    room = memory().available / (2 * 2 * 2 * setting.itemsize)
-    room -= 2 * setting.anatomy.vocab_size * setting.anatomy.language.hidden
-    towers = []
-    for layers in (setting.anatomy.vision.layers, setting.anatomy.language.layers):
-        each = max(sum(x.linear(r).d_in * x.linear(r).d_out for r in (*ATTENTION_ROLES, *x.ffn.matrices)) for x in layers)
-        n = min(len(layers), max(2, int(room / 2 / each)))
-        towers.append([layers[i * len(layers) // n] for i in range(n)])
-    return towers
-
-
-def _depth(towers: Towers) -> tuple[int, ...]:
-    return tuple(map(len, towers))
-
-
-def _block(layer: Layer, plan: Plan | None) -> Block:
-    if plan is None:
-        return stacks.whole(layer)
-    decision = plan.decision(layer.tower, layer.index)
-    return Block(layer, len(decision.kv_groups), decision.ranks)
-
-
-def _samples(setting: Setting, networks: Mapping[Name, Sequence[Sequence[Block]]]) -> dict[Name, dict[str, Sample]]:
-    """Network to part to a run of it."""
-    config = ModelConfig(setting.anatomy.vocab_size - 1, (), None)
-    inputs = random_inputs(setting.anatomy, setting.workload, config.image_token_id)
-    found = {}
-    with tempfile.TemporaryDirectory() as directory:
-        for name, towers in networks.items():
-            session = Session(_components(setting, towers, Path(directory)), config)
-            samples = part_samples(session, inputs, setting.workload.new_tokens)
-            found[name] = {part: samples[part] for part in setting.passes}
+def times_in_turn(networks: Mapping[Name, Mapping[PartName, Sample]], seconds: float) -> dict[Name, dict[PartName, float]]:
+    """Network to part to its median nanoseconds; the networks take turns, part by part, each for so many seconds."""
+    found: dict[Name, dict[PartName, float]] = {name: {} for name in networks}
+    for part in next(iter(networks.values())):
+        sides = {name: parts[part] for name, parts in networks.items()}
+        for name, ms in interleave(sides, seconds=seconds * len(sides), warmup_rounds=1).items():
+            found[name][part] = 1e6 * median(ms)
     return found
 
 
-def _times(networks: Mapping[Name, Mapping[str, Sample]], seconds: float) -> dict[Name, dict[str, float]]:
-    """Network to part to its median nanoseconds, all in turn, each for so many seconds on average."""
-    sides = {(name, part): sample for name, parts in networks.items() for part, sample in parts.items()}
-    medians = {side: 1e6 * median(ms) for side, ms in interleave(sides, seconds=seconds * len(sides)).items()}
-    return {name: {part: medians[name, part] for part in parts} for name, parts in networks.items()}
+def share_that_arrives(setting: Setting, table: TimeTable, plan: Plan, seconds: float) -> float:
+    """Of the time that a plan saves by a table, the share that is saved when all is done together; 1 where it saves none."""
+    stand_ins = StandIns(setting)
+
+    def planned(layer: Layer) -> Block:
+        decision = plan.decision(layer.tower, layer.index)
+        return Block(layer, len(decision.kv_groups), decision.ranks)
+
+    times = times_in_turn({"original": stand_ins.open(layers=stand_ins.layers), "plan": stand_ins.open(planned, stand_ins.layers)}, seconds)
+    before, after = (sum(n * times[name][part] for part, n in setting.passes.items()) for name in ("original", "plan"))
+    # The table's saving is put in relation to the table's own total where it can be: the machine may be slower now than it was then.
+    saved = table.saved(plan, [x for tower in stand_ins.layers for x in tower]) / (table.end_to_end if stand_ins.complete else before)
+    return (1 - after / before) / saved if saved > 0 else 1.0
 
 
-def _components(setting: Setting, towers: Sequence[Sequence[Block]], directory: Path) -> dict[str, Engine]:
-    """The three graphs of a network, for a session."""
-    anatomy, dtype = setting.anatomy, setting.dtype
-    made = {
-        VISION: stacks.vision(directory / "vision.onnx", anatomy, towers[0], dtype),
-        EMBED: stacks.embedding(directory / "embedding.onnx", anatomy, dtype),
-        DECODER: stacks.decoder(directory / "decoder.onnx", anatomy, towers[1], dtype),
-    }
-    return {component: setting.open(path) for component, path in made.items()}
+def _distinct(layers: Sequence[Layer]) -> list[Layer]:
+    """The first layer of every shape."""
+    return list({(attention_key(x), *map(matrix_key, x.ffn.matrices.values())): x for x in reversed(layers)}.values())
+
+
+def _weights(layer: Layer) -> int:
+    return sum(layer.linear(r).d_in * layer.linear(r).d_out for r in (*ATTENTION_ROLES, *layer.ffn.matrices))
