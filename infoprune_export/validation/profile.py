@@ -7,13 +7,14 @@ share it, goes into the table: caches, threads and the runtime's own work are as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
 from infoprune_export.engines.stacks import Block, whole
-from infoprune_export.models.anatomy import Layer, Linear, TowerName
+from infoprune_export.models.anatomy import Layer, TowerName
 from infoprune_export.timetable import PARTS_OF, Part, PartName, Savings, TimeTable, attention_key, matrix_key
 from infoprune_export.validation.stand_ins import Setting, StandIns, times_in_turn
 
@@ -33,57 +34,69 @@ def measure_table(setting: Setting, seconds: float = 1.0, progress: Progress = l
         progress: Told how many sizes are done, and of how many.
     """
     stand_ins, passes = StandIns(setting), setting.passes
-    shapes = [
-        (tower, key, uses, _sizes(shape))
-        for tower, layers in zip(PARTS_OF, stand_ins.sample, strict=True)
-        for key, (shape, uses) in _shapes(layers).items()
-        if passes.keys() & {*PARTS_OF[tower]}
-    ]
-    done, total = 0, sum(len(sizes) for *_, sizes in shapes) + 1
-    saved: dict[tuple[PartName, str], dict[int, float]] = {}
-    for tower, key, uses, sizes in shapes:
-        for first in range(0, len(sizes), stand_ins.at_once):
+    towers = [(t, x) for t, x in zip(PARTS_OF, stand_ins.sample, strict=True) if passes.keys() & {*PARTS_OF[t]}]
+    shapes = [shape for tower, layers in towers for shape in _shapes(tower, layers)]
+    done, total = 0, sum(len(x.sizes) for x in shapes) + 1
+    shares: dict[tuple[PartName, _Shape], list[float]] = {}
+    for shape in shapes:
+        parts = [part for part in PARTS_OF[shape.tower] if part in passes]
+        for first in range(0, len(shape.sizes), stand_ins.at_once):
             progress("timing layers", done, total)
-            turn = sizes[first : first + stand_ins.at_once]
-            networks = {None: stand_ins.open(), **{size: stand_ins.open(partial(_changed, tower, key, size)) for size in turn}}
-            parts = [part for part in PARTS_OF[tower] if part in passes]
+            turn = shape.sizes[first : first + stand_ins.at_once]
+            networks = {None: stand_ins.open(), **{size: stand_ins.open(partial(_changed, shape, size)) for size in turn}}
             times = times_in_turn({size: {p: samples[p] for p in parts} for size, samples in networks.items()}, seconds)
             for part, size in product(parts, turn):
                 # In relation to what took turns with it, so that it does not matter what the machine did meanwhile.
-                saved.setdefault((part, key), {})[size] = (1 - times[size][part] / times[None][part]) / uses
+                shares.setdefault((part, shape), []).append((1 - times[size][part] / times[None][part]) / shape.uses)
             done += len(turn)
     progress("timing layers", done, total)
     whole, sample = stand_ins.original_times(5 * seconds)
-    parts = {part: Part(passes=n, whole=whole[part], attention={}, pairs={}) for part, n in passes.items()}
-    for (part, key), shares in saved.items():
-        savings = Savings(sizes=list(shares), nanoseconds=[share * sample[part] for share in shares.values()])
-        (parts[part].attention if "heads" in key else parts[part].pairs)[key] = savings
+    found = {part: Part(passes=n, whole=whole[part], attention={}, pairs={}) for part, n in passes.items()}
+    for (part, shape), saved in shares.items():
+        kind, nothing = (found[part].pairs, []) if shape.groups is None else (found[part].attention, [shape.groups])
+        nanoseconds = [share * sample[part] for share in saved]
+        kind[shape.key] = Savings(sizes=[*shape.sizes, *nothing], nanoseconds=[*nanoseconds, *[0.0] * len(nothing)])
     progress("timing layers", total, total)
-    return TimeTable(conditions=setting.conditions(), parts=parts)
+    return TimeTable(conditions=setting.conditions(), parts=found)
 
 
-def _shapes(layers: Sequence[Layer]) -> dict[str, tuple[Layer | Linear, int]]:
-    """Key of every distinct shape to one that has it, and how many have."""
-    found: dict[str, tuple[Layer | Linear, int]] = {}
+@dataclass(frozen=True)
+class _Shape:
+    """An attention block or a matrix that some layers of a tower share.
+
+    Attributes:
+        key: Its name in the table.
+        sizes: To be measured: KV groups fewer than all, or ranks.
+        uses: How many there are.
+        groups: All KV groups of an attention block; None for a matrix.
+    """
+
+    tower: TowerName
+    key: str
+    sizes: tuple[int, ...]
+    uses: int
+    groups: int | None = None
+
+
+def _shapes(tower: TowerName, layers: Sequence[Layer]) -> list[_Shape]:
+    blocks, matrices = Counter(map(attention_key, layers)), Counter(matrix_key(m) for x in layers for m in x.ffn.matrices.values())
+    found = {}
     for layer in layers:
-        for key, shape in ((attention_key(layer), layer), *((matrix_key(m), m) for m in layer.ffn.matrices.values())):
-            found[key] = (shape, found.get(key, (shape, 0))[1] + 1)
-    return found
+        key, groups = attention_key(layer), layer.attention.kv_groups
+        sizes = {max(1, round(share * groups)) for share in SHARES} - {groups}
+        if sizes:
+            found[key] = _Shape(tower, key, tuple(sorted(sizes)), blocks[key], groups)
+        for m in layer.ffn.matrices.values():
+            even = m.d_in * m.d_out / (m.d_in + m.d_out)
+            ranks = {max(1, round(share * even / RANK_MULTIPLE) * RANK_MULTIPLE) for share in SHARES}
+            found[matrix_key(m)] = _Shape(tower, matrix_key(m), tuple(sorted(ranks)), matrices[matrix_key(m)])
+    return list(found.values())
 
 
-def _sizes(shape: Layer | Linear) -> list[int]:
-    """Kept groups of an attention block, all of them the last, or ranks of a matrix."""
-    if isinstance(shape, Layer):
-        groups = shape.attention.kv_groups
-        return sorted({max(1, round(share * groups)) for share in SHARES})
-    even = shape.d_in * shape.d_out / (shape.d_in + shape.d_out)
-    return sorted({max(1, round(share * even / RANK_MULTIPLE) * RANK_MULTIPLE) for share in SHARES})
-
-
-def _changed(tower: TowerName, key: str, size: int, layer: Layer) -> Block:
-    """A layer whose attention or matrices of one shape are kept at a size."""
+def _changed(shape: _Shape, size: int, layer: Layer) -> Block:
+    """A layer in which what has a shape is kept at a size."""
     block = whole(layer)
-    if layer.tower != tower:
+    if layer.tower != shape.tower:
         return block
-    ranks = {role: size if matrix_key(m) == key else None for role, m in layer.ffn.matrices.items()}
-    return replace(block, groups=size if attention_key(layer) == key else block.groups, ranks=ranks)
+    ranks = {role: size if matrix_key(m) == shape.key else None for role, m in layer.ffn.matrices.items()}
+    return replace(block, groups=size if attention_key(layer) == shape.key else block.groups, ranks=ranks)
