@@ -49,6 +49,7 @@ def model_card(manifest: Manifest, plan: Plan, report: Report, licence: str | No
     hub_id = manifest.source.id if _is_hub_id(manifest.source.id) else None
     return environment.get_template("README.md.j2").render(
         manifest=manifest,
+        latency_budget=figures.latency_budget(report) if report.latency_budget else None,
         whose=figures.WHOSE[manifest.flops.scope],
         plan=plan,
         report=report,

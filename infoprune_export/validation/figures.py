@@ -66,6 +66,12 @@ def largest_drop(report: Report) -> tuple[str, Accuracy] | None:
     return max(compared, key=lambda pair: pair[1].drop_points, default=None)
 
 
+def latency_budget(report: Report) -> str:
+    """`asked for 0.5 of the time, predicted 0.497, measured 0.512 (ort)`; of a report that has such a budget."""
+    budget, measured = report.latency_budget, ", ".join(f"{fraction(x)} ({engine})" for engine, x in report.latency_kept.items())
+    return f"asked for {budget.requested:g} of the time, predicted {fraction(budget.predicted)}, measured {measured or ABSENT}"
+
+
 def by_reason(report: Report) -> dict[str, list[str]]:
     """What was not measured, under each reason once."""
     reasons: dict[str, list[str]] = {}

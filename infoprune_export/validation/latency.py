@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from infoprune_export.validation.report import PartLatency, Timing
 if TYPE_CHECKING:
     from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.plans import Plan
-    from infoprune_export.runtime.session import Session
+    from infoprune_export.runtime.session import Cache, Session
 
 ORIGINAL, COMPRESSED = "original", "compressed"
 WARMUP_ROUNDS = 2
@@ -146,9 +147,14 @@ class _DecodeSteps:
     """Times one decode step per call; after the workload's last step it starts again from the prompt's cache."""
 
     def __init__(self, session: Session, embeds: np.ndarray, mask: np.ndarray, steps: int):
-        logits, cache = session.prefill(embeds, mask)
-        self.session, self.start, self.steps = session, (logits.argmax(-1), cache), steps
-        self.now, self.done = self.start, 0
+        self.session, self.prompt, self.steps = session, (embeds, mask), steps
+        self.done = steps
+
+    @cached_property
+    def start(self) -> tuple[np.ndarray, Cache]:
+        """The first token, and the prompt's cache."""
+        logits, cache = self.session.prefill(*self.prompt)
+        return logits.argmax(-1), cache
 
     def __call__(self) -> float:
         if self.done == self.steps:

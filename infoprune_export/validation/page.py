@@ -119,6 +119,7 @@ def report_page(report: Report, plan: Plan | None = None) -> str:
     }
     return environment.get_template("report.html.j2").render(
         report=report,
+        latency_budget=figures.latency_budget(report) if report.latency_budget else None,
         whose=figures.WHOSE[report.flops.scope],
         towers=pictures(plan) if plan else [],
         components={k: r for k, r in report.numerics.items() if not isinstance(r, GenerationNumerics)},

@@ -38,12 +38,13 @@ def measure_table(setting: Setting, seconds: float = 1.0, progress: Progress = l
     shapes = [shape for tower, layers in towers for shape in _shapes(tower, layers)]
     done, total = 0, sum(len(x.sizes) for x in shapes) + 1
     shares: dict[tuple[PartName, _Shape], list[float]] = {}
+    original = stand_ins.open()
     for shape in shapes:
         parts = [part for part in PARTS_OF[shape.tower] if part in passes]
         for first in range(0, len(shape.sizes), stand_ins.at_once):
             progress("timing layers", done, total)
             turn = shape.sizes[first : first + stand_ins.at_once]
-            networks = {None: stand_ins.open(), **{size: stand_ins.open(partial(_changed, shape, size)) for size in turn}}
+            networks = {None: original, **{size: stand_ins.open(partial(_changed, shape, size)) for size in turn}}
             times = times_in_turn({size: {p: samples[p] for p in parts} for size, samples in networks.items()}, seconds)
             for part, size in product(parts, turn):
                 # In relation to what took turns with it, so that it does not matter what the machine did meanwhile.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
 from infoprune_export.errors import GateFailed, InputError
-from infoprune_export.plans import Plan, Source, TrainingRecord
+from infoprune_export.plans import LatencyBudget, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Workload, first_problem
 
 SCHEMA_VERSION = 1
@@ -132,6 +132,7 @@ class Report(_Record):
     measured_at: str = Field(description="ISO 8601, UTC")
     workload: Workload
     flops: Flops
+    latency_budget: LatencyBudget | None = Field(None, description="where time was asked for and not FLOPs")
     training: TrainingRecord | None = Field(None, description="how the compressed network was trained; null: not at all")
     accuracy: dict[str, Accuracy] = {}
     numerics: dict[str, ComponentNumerics | GenerationNumerics] = {}
@@ -141,6 +142,12 @@ class Report(_Record):
     gates: dict[str, Gate] = {}
     machine: dict[str, Any] = {}
     not_measured: list[NotMeasured] = []
+
+    @property
+    def latency_kept(self) -> dict[str, float]:
+        """Engine to the fraction of the original's end-to-end time that the compressed network takes."""
+        ends = {engine: parts["end_to_end"] for engine, parts in self.latency.items() if "end_to_end" in parts}
+        return {engine: 1 / end.speedup for engine, end in ends.items() if end.speedup}
 
     @property
     def passed(self) -> bool:

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from infoprune_export.timetable import TimeTable
 from infoprune_export.validation import figures
 from infoprune_export.validation.report import PartLatency, Report
 
@@ -32,6 +33,8 @@ def summary_table(report: Report) -> RenderableType:
             name = f"{escape(engine)} {figures.PART_NAMES.get(part, escape(part))}"
             table.add_row(name, before, figures.milliseconds(latency.compressed.median_ms), figures.times(latency.speedup))
     asked = f"asked for at most {figures.fraction(flops.requested)} of the FLOPs" if flops.requested < 1 else "exported whole"
+    if report.latency_budget:
+        asked = f"{figures.latency_budget(report)}; of the FLOPs"
     head = Text.assemble((report.name, "bold"), f": {asked}, kept {flops.achieved:.4f}")
     of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
     trained = [Text(f"trained: {report.training}", style="dim")] if report.training else []
@@ -54,6 +57,22 @@ def latency_table(report: Report) -> RenderableType:
                     table.add_row(names.pop(0), side, *(figures.significant(scale * v) for v in values), str(t.n))
         groups.append(table)
     return Group(*groups, Text(str(report.workload), style="dim"), *_missing(report))
+
+
+def layer_table(table: TimeTable) -> RenderableType:
+    """What `bench --profile-layers` prints: what each layer saves of a pass, by what is kept of one of its parts."""
+    c, groups = table.conditions, []
+    for name, part in table.parts.items():
+        whole = f"{figures.PART_NAMES[name]}: {figures.milliseconds(part.whole / 1e6)}"
+        rows = _table(whole, "kept", "microseconds saved in each layer", gap=2)
+        rows.columns[1].justify = rows.columns[2].justify = "left"
+        for kind, shapes in (("groups", part.attention), ("rank", part.pairs)):
+            for shape, savings in shapes.items():
+                points = zip(savings.sizes, savings.nanoseconds, strict=True)
+                rows.add_row(shape, kind, "  ".join(f"{size}: {ns / 1e3:.0f}" for size, ns in points))
+        groups.append(rows)
+    machine = f"{c.engine} {c.dtype}, {c.threads} threads, {c.machine['cpu']}; {c.workload}"
+    return Group(*groups, Text(f"end to end: {figures.milliseconds(table.end_to_end / 1e6)}; {machine}", style="dim"))
 
 
 def _gain(record: PartLatency) -> str:

@@ -99,6 +99,7 @@ class Run:
             measured_at=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             workload=manifest.workload,
             flops=manifest.flops,
+            latency_budget=bundle.plan().budget.latency,
             training=bundle.plan().training,
             size=Size(
                 original_bytes=_graph_bytes(baseline.bundle, dtype, baseline.inside) if baseline else None,
