@@ -64,12 +64,12 @@ def layer_table(table: TimeTable) -> RenderableType:
     c, groups = table.conditions, []
     for name, part in table.parts.items():
         whole = f"{figures.PART_NAMES[name]}: {figures.milliseconds(part.whole / 1e6)}"
-        rows = _table(whole, "kept", "microseconds saved in each layer", gap=2)
-        rows.columns[1].justify = rows.columns[2].justify = "left"
-        for kind, shapes in (("groups", part.attention), ("rank", part.pairs)):
+        rows = _table(whole, "saved in each layer, microseconds, by what is kept", gap=2)
+        rows.columns[1].justify = "left"
+        for what, shapes in (("groups of ", part.attention), ("rank of ", part.pairs)):
             for shape, savings in shapes.items():
                 points = zip(savings.sizes, savings.nanoseconds, strict=True)
-                rows.add_row(shape, kind, "  ".join(f"{size}: {ns / 1e3:.0f}" for size, ns in points))
+                rows.add_row(what + shape, "  ".join(f"{size}: {ns / 1e3:.0f}" for size, ns in points))
         groups.append(rows)
     machine = f"{c.engine} {c.dtype}, {c.threads} threads, {c.machine['cpu']}; {c.workload}"
     return Group(*groups, Text(f"end to end: {figures.milliseconds(table.end_to_end / 1e6)}; {machine}", style="dim"))
