@@ -252,7 +252,7 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Measuring time per part.")
-@click.option("--profile-layers", "layers", is_flag=True, help="Time the original's layers by heads and ranks: the table of --latency.")
+@click.option("--profile-layers", "layers", is_flag=True, help="Time the original's layers instead, by what is kept, for --latency.")
 @_options("engine", "threads", "json", "verbose", "quiet")
 def bench(directory: Path, seconds: float, layers: bool, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
     """Time a bundle and its original, interleaved."""
@@ -265,7 +265,7 @@ def bench(directory: Path, seconds: float, layers: bool, engine: str | None, thr
             raise click.UsageError(f"--profile-layers measures with ort, not with {engine}.")
         from infoprune_export.validation.summary import layer_table
 
-        table = profile_bundle(Bundle.open(directory), threads=threads, progress=progress.counter())
+        table = profile_bundle(Bundle.open(directory), threads=threads, seconds=seconds, progress=progress.counter())
         return click.echo(table.model_dump_json(indent=1)) if as_json else _print(layer_table(table))
     engines = None if engine is None else [engine]
     result = bench_bundle(Bundle.open(directory), engines=engines, threads=threads, seconds=seconds, progress=progress.counter())

@@ -58,7 +58,9 @@ def bench_bundle(
     return Bench(run.report)
 
 
-def profile_bundle(bundle: Bundle, *, threads: int | None = None, progress: Progress = lambda what, done, total: None) -> TimeTable:
-    """Measures the time table of a bundle's original on this machine, and keeps it for `--latency`."""
+def profile_bundle(
+    bundle: Bundle, *, threads: int | None = None, seconds: float = 5.0, progress: Progress = lambda what, done, total: None
+) -> TimeTable:
+    """Measures the time table of a bundle's original on this machine and keeps it for `--latency`; see `profile.measure_table`."""
     setting = Setting(bundle.plan().anatomy, bundle.manifest.workload, bundle.manifest.dtypes[0], threads)
-    return measure_and_keep(setting, progress=progress)
+    return measure_and_keep(setting, seconds=seconds, progress=progress)

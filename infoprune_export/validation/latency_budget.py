@@ -20,7 +20,7 @@ def meet_latency(
     requested: float,
     decide: Callable[[float], Plan],
     *,
-    seconds: float = 6.0,
+    seconds: float = 2.0,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """The plan whose stand-in takes the fraction asked for of the original's time.
@@ -33,7 +33,7 @@ def meet_latency(
         table: Of this machine.
         requested: Fraction of the original's time.
         decide: Makes the plan that keeps a fraction of the time by the table.
-        seconds: For each measurement.
+        seconds: For each part of each plan's stand-in, the original's in turn with it.
         notify: Gets a line where a plan is decided again.
 
     Raises:

@@ -25,12 +25,12 @@ RANK_MULTIPLE = 8
 Progress = Callable[[str, int, int], None]
 
 
-def measure_table(setting: Setting, seconds: float = 1.0, progress: Progress = lambda what, done, total: None) -> TimeTable:
+def measure_table(setting: Setting, seconds: float = 5.0, progress: Progress = lambda what, done, total: None) -> TimeTable:
     """Measures everything.
 
     Args:
         setting: Model, workload, type and threads.
-        seconds: For each size in each part; no less than three rounds.
+        seconds: For each shape in each part, all of its sizes together, and for each part of the whole; no less than three rounds.
         progress: Told how many sizes are done, and of how many.
     """
     stand_ins, passes = StandIns(setting), setting.passes
@@ -45,13 +45,15 @@ def measure_table(setting: Setting, seconds: float = 1.0, progress: Progress = l
             progress("timing layers", done, total)
             turn = shape.sizes[first : first + stand_ins.at_once]
             networks = {None: original, **{size: stand_ins.open(partial(_changed, shape, size)) for size in turn}}
-            times = times_in_turn({size: {p: samples[p] for p in parts} for size, samples in networks.items()}, seconds)
+            times = times_in_turn(
+                {size: {p: samples[p] for p in parts} for size, samples in networks.items()}, seconds * len(turn) / len(shape.sizes)
+            )
             for part, size in product(parts, turn):
                 # In relation to what took turns with it, so that it does not matter what the machine did meanwhile.
                 shares.setdefault((part, shape), []).append((1 - times[size][part] / times[None][part]) / shape.uses)
             done += len(turn)
     progress("timing layers", done, total)
-    whole, sample = stand_ins.original_times(5 * seconds)
+    whole, sample = stand_ins.original_times(seconds)
     found = {part: Part(passes=n, whole=whole[part], attention={}, pairs={}) for part, n in passes.items()}
     for (part, shape), saved in shares.items():
         kind, nothing = (found[part].pairs, []) if shape.groups is None else (found[part].attention, [shape.groups])

@@ -146,11 +146,11 @@ class StandIns:
 
 
 def times_in_turn(networks: Mapping[Name, Mapping[PartName, Sample]], seconds: float) -> dict[Name, dict[PartName, float]]:
-    """Network to part to its median nanoseconds; the networks take turns, part by part, each for so many seconds."""
+    """Network to part to its median nanoseconds; the networks take turns, so many seconds for each part."""
     found: dict[Name, dict[PartName, float]] = {name: {} for name in networks}
     for part in next(iter(networks.values())):
         sides = {name: parts[part] for name, parts in networks.items()}
-        for name, ms in interleave(sides, seconds=seconds * len(sides), warmup_rounds=1).items():
+        for name, ms in interleave(sides, seconds=seconds, warmup_rounds=1).items():
             found[name][part] = 1e6 * median(ms)
     return found
 

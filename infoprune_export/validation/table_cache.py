@@ -40,9 +40,9 @@ def table_for(setting: Setting, *, notify: Notify = lambda line: None, progress:
     return measure_and_keep(setting, progress=progress)
 
 
-def measure_and_keep(setting: Setting, *, progress: Progress = lambda what, done, total: None) -> TimeTable:
+def measure_and_keep(setting: Setting, *, seconds: float = 5.0, progress: Progress = lambda what, done, total: None) -> TimeTable:
     """A table measured now, in place of any that was kept; it is returned even where it cannot be kept."""
-    table = measure_table(setting, progress=progress)
+    table = measure_table(setting, seconds, progress)
     path = _path(table.conditions)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
