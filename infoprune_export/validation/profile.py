@@ -45,9 +45,8 @@ def measure_table(setting: Setting, seconds: float = 5.0, progress: Progress = l
             progress("timing layers", done, total)
             turn = shape.sizes[first : first + stand_ins.at_once]
             networks = {None: original, **{size: stand_ins.open(partial(_changed, shape, size)) for size in turn}}
-            times = times_in_turn(
-                {size: {p: samples[p] for p in parts} for size, samples in networks.items()}, seconds * len(turn) / len(shape.sizes)
-            )
+            sides = {size: {part: samples[part] for part in parts} for size, samples in networks.items()}
+            times = times_in_turn(sides, seconds * len(turn) / len(shape.sizes))
             for part, size in product(parts, turn):
                 # In relation to what took turns with it, so that it does not matter what the machine did meanwhile.
                 shares.setdefault((part, shape), []).append((1 - times[size][part] / times[None][part]) / shape.uses)
