@@ -322,7 +322,7 @@ def recipes(as_json: bool) -> None:
     if as_json:
         return _print_json({name: {"model": r.model, "flops": r.flops, "targets": r.targets} for name, r in found.items()})
     for name, r in found.items():
-        click.echo(f"{name:<14} {r.model:<32} keeps {r.flops:g} of the FLOPs; {r.workload}")
+        click.echo(f"{name:<14} {r.model:<32} keeps {r.budget}; {r.workload}")
 
 
 @cli.command()

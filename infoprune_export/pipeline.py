@@ -18,7 +18,7 @@ from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
-from infoprune_export.launched import announce, is_first, wait
+from infoprune_export.launched import announce, is_first, processes, wait
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.progress import Progress
@@ -56,10 +56,7 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     check_output(options.out)
     job = Job(recipe, options, progress)
     if recipe.kept < TRAINING_ADVISED and not recipe.train_steps and not options.plan:
-        job.progress.note(
-            f"keeping {recipe.kept:g} of the {'FLOPs' if recipe.latency is None else 'time'} without training costs accuracy; "
-            "--train-steps 400 can win much of it back"
-        )
+        job.progress.note(f"keeping {recipe.budget} without training costs accuracy; --train-steps 400 can win much of it back")
     return run(job)
 
 
@@ -232,6 +229,8 @@ def _manifest(job: Job, root: Path, dtypes: list[Dtype]) -> Manifest:
 def write_plan(recipe: Recipe, options: Options, progress: Progress | None = None) -> Plan:
     """Decides a plan, makes its factors and writes both into `options.out`."""
     require_export()
+    if recipe.latency is not None and processes() > 1:  # each would measure, and decide, for itself
+        raise InputError("--latency is decided by one process", mend="plan without a launcher, or export, which decides in the first")
     out = options.out
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")

@@ -196,6 +196,11 @@ class Recipe(_Strict):
         return self.flops if self.latency is None else self.latency
 
     @property
+    def budget(self) -> str:
+        """`0.5 of the time` or `0.5 of the FLOPs`."""
+        return f"{self.kept:g} of the {'FLOPs' if self.latency is None else 'time'}"
+
+    @property
     def origin(self) -> Path | None:
         """File that the recipe was read from."""
         return self._origin

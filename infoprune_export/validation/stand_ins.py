@@ -19,6 +19,7 @@ from infoprune_export.engines.base import Engine
 from infoprune_export.engines.machine import machine_report
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.engines.stacks import Block
+from infoprune_export.errors import NotEnough
 from infoprune_export.memory import memory
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer
 from infoprune_export.plans import Plan
@@ -64,7 +65,7 @@ class Setting:
             workload=self.workload,
             shapes=shapes_of(self.anatomy),
             machine={"cpu": machine.cpu, "cores": str(machine.cores), "gpus": ", ".join(g.name for g in machine.gpus)},
-            versions={name: v for name, v in machine.packages.items() if name.startswith("onnxruntime")},
+            versions={name: v for name, v in machine.packages.items() if name.startswith(("onnxruntime", "infoprune-export"))},
         )
 
     @property
@@ -89,12 +90,23 @@ class StandIns:
     """
 
     def __init__(self, setting: Setting):
+        """
+        Raises:
+            NotEnough: the memory does not hold a layer of each tower with embedding and head.
+        """
         self.setting = setting
         self._full = [list(setting.anatomy.tower(t).layers) for t in PARTS_OF]
         # In weights: half of the memory is left alone, and ONNX Runtime holds a graph's weights twice while it loads it.
         room = memory().available / (4 * setting.itemsize)
         outside = 2 * setting.anatomy.vocab_size * setting.anatomy.language.hidden
-        n = min(MOST_LAYERS, max(2, int((room / 2 - outside) / sum(max(map(_weights, layers)) for layers in self._full))))
+        each = sum(max(map(_weights, layers)) for layers in self._full)
+        if room < outside + each:
+            needed, free = (4 * setting.itemsize * x / 1e9 for x in (outside + each, room))
+            raise NotEnough(
+                f"timing layers of this size needs {needed:.0f} GB of memory, {free:.0f} GB are free",
+                mend="use a machine with more memory, or --flops",
+            )
+        n = min(MOST_LAYERS, max(2, int((room / 2 - outside) / each)))
         self.layers = [[layers[i * len(layers) // n] for i in range(n)] if n < len(layers) else layers for layers in self._full]
         self.sample = self.layers if self.complete else [_distinct(layers) for layers in self.layers]
         self.at_once = max(1, int(room / (outside + sum(_weights(x) for layers in self.sample for x in layers))) - 1)

@@ -6,7 +6,8 @@ import pytest
 from tables import conditions, linear_table
 
 from infoprune_export.engines.stacks import Block
-from infoprune_export.errors import InputError
+from infoprune_export.errors import InputError, NotEnough
+from infoprune_export.memory import Memory
 from infoprune_export.models.flops import Passes, attention_flops, ffn_flops, passes
 from infoprune_export.recipe import Workload
 from infoprune_export.timetable import attention_key, matrix_key
@@ -184,6 +185,12 @@ def test_a_stale_or_foreign_table_is_told_about_and_measured_again(kept_table, s
 def test_a_cache_that_cannot_be_written_costs_time_only(kept_table, setting, tmp_path):
     (tmp_path / "infoprune-export").write_text("in the way")
     assert table_cache.table_for(setting).conditions == setting.conditions()
+
+
+def test_a_machine_too_small_for_a_layer_is_told_before_anything_is_made(setting, monkeypatch):
+    monkeypatch.setattr(stand_ins, "memory", lambda: Memory(total=10_000, available=10_000))
+    with pytest.raises(NotEnough, match="GB of memory"):
+        StandIns(setting)
 
 
 def test_conditions_of_a_table_name_no_host(setting):
