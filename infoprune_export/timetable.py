@@ -6,6 +6,7 @@ A table is plain data. `validation.profile` measures one with ONNX Runtime; anyt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,18 +27,31 @@ class _Strict(BaseModel):
 
 
 class Savings(_Strict):
-    """Nanoseconds that a pass saves by each layer where something is kept at a size: straight lines between the sizes measured.
+    """Nanoseconds that a pass saves by each layer where something is kept at a size.
+
+    Straight lines join what was measured, once neighbours that contradict that more size never saves more share their mean.
 
     Attributes:
         sizes: Measured, ascending: KV groups of an attention block, or the rank of a pair.
-        nanoseconds: Saved against the original; more size never saves more.
+        nanoseconds: Saved against the original.
     """
 
     sizes: list[int]
     nanoseconds: list[float]
 
     def __call__(self, size: int) -> float:
-        return float(np.interp(size, self.sizes, np.minimum.accumulate(self.nanoseconds)))
+        return float(np.interp(size, self.sizes, self._falling))
+
+    @cached_property
+    def _falling(self) -> list[float]:
+        pooled: list[tuple[float, int]] = []  # isotonic regression: means of neighbours, and of how many
+        for ns in self.nanoseconds:
+            mean, n = ns, 1
+            while pooled and pooled[-1][0] < mean:
+                before, m = pooled.pop()
+                mean, n = (mean * n + before * m) / (n + m), n + m
+            pooled.append((mean, n))
+        return [mean for mean, n in pooled for _ in range(n)]
 
 
 class Part(_Strict):

@@ -35,8 +35,14 @@ def _plan(anatomy, groups, rank):
 
 
 def test_savings_are_straight_between_sizes_and_never_more_for_more():
-    saved = Savings(sizes=[8, 16, 24, 32], nanoseconds=[100, 60, 80, -20])
+    saved = Savings(sizes=[8, 16, 24, 32], nanoseconds=[100, 50, 70, -20])
     assert [saved(x) for x in (1, 8, 12, 16, 20, 24, 28, 32, 99)] == [100, 100, 80, 60, 60, 60, 20, -20, -20]
+
+
+def test_contradictions_are_shared_among_all_who_take_part():
+    saved = Savings(sizes=[1, 2, 3, 4], nanoseconds=[9, 1, 2, 6])
+    assert [saved(x) for x in (1, 2, 3, 4)] == [9, 3, 3, 3]
+    assert saved.nanoseconds == [9, 1, 2, 6]  # a table keeps what was measured
 
 
 @pytest.mark.parametrize(("groups", "rank"), [(1, 4), (2, 7), (3, None)])
