@@ -31,7 +31,9 @@ from infoprune_export.validation.latency import Sample, interleave, part_samples
 
 ENGINE = "ort"
 MOST_LAYERS = 12
-"""Of a tower that are run: a deeper one's time is that of its parts times more of them."""
+"""Of a tower that are run; what more of them would take is added."""
+SAMPLE_WEIGHTS = 2**27
+"""Where the layers that are run have more weights, parts are changed in one layer of every shape alone: each run takes long enough."""
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -85,7 +87,7 @@ class StandIns:
 
     Attributes:
         layers: Of both towers that the stand-in for the original has: all, or as many, evenly spaced, as fit into memory twice.
-        sample: Of these, the layers whose parts are changed one at a time: all, or one of every shape where the stand-in has not all.
+        sample: Of these, the layers whose parts are changed one at a time: all, or one of every shape where they are large.
         at_once: How many changed networks fit into memory beside an unchanged one.
     """
 
@@ -108,7 +110,8 @@ class StandIns:
             )
         n = min(MOST_LAYERS, max(2, int((room / 2 - outside) / each)))
         self.layers = [[layers[i * len(layers) // n] for i in range(n)] if n < len(layers) else layers for layers in self._full]
-        self.sample = self.layers if self.complete else [_distinct(layers) for layers in self.layers]
+        self._few = [_distinct(layers) for layers in self.layers]
+        self.sample = self.layers if sum(_weights(x) for layers in self.layers for x in layers) <= SAMPLE_WEIGHTS else self._few
         self.at_once = max(1, int(room / (outside + sum(_weights(x) for layers in self.sample for x in layers))) - 1)
         self._config = ModelConfig(setting.anatomy.vocab_size - 1, (), None)
         self._inputs = random_inputs(setting.anatomy, setting.workload, self._config.image_token_id)
@@ -135,17 +138,14 @@ class StandIns:
         return {part: samples[part] for part in self.setting.passes}
 
     def original_times(self, seconds: float) -> tuple[dict[PartName, float], dict[PartName, float]]:
-        """Nanoseconds of every part of the original and of `sample`; what layers take for which there is no memory is added."""
-        if self.complete:
-            times = times_in_turn({"all": self.open()}, seconds)["all"]
-            return times, times
-        times = times_in_turn({"sample": self.open(), "more": self.open(layers=self.layers)}, seconds)
-        found, sample = times["more"], times["sample"]
+        """Nanoseconds of every part of the original, with what layers take that are not run, and of `sample`."""
+        times = times_in_turn({"some": self.open(layers=self.layers), "few": self.open(layers=self._few)}, seconds)
+        found = dict(times["some"])
         for part, ns in found.items():
-            full, more, few = (len(towers[int(part != "vision")]) for towers in (self._full, self.layers, self.sample))
-            if more > few:
-                found[part] = ns + (full - more) * max(0.0, ns - sample[part]) / (more - few)
-        return found, sample
+            full, some, few = (len(towers[int(part != "vision")]) for towers in (self._full, self.layers, self._few))
+            if full > some > few:
+                found[part] = ns + (full - some) * max(0.0, ns - times["few"][part]) / (some - few)
+        return found, times["some" if self.sample is self.layers else "few"]
 
     def _engine(self, component: str, blocks: Sequence[Block], write: Callable[[Path], Path]) -> Engine:
         kept = self._shared.get(component)

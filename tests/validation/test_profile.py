@@ -45,7 +45,7 @@ def flops_as_time(monkeypatch, anatomy):
         return {p: FIXED + sum(takes(b, p) for b in (vision if p == "vision" else language)) for p in self.setting.passes}
 
     def in_turn(networks, seconds):
-        weather = 1.0 if all(name in ("all", "sample", "more") for name in networks) else 1 + next(slower)
+        weather = 1.0 if "some" in networks else 1 + next(slower)
         return {name: {part: weather * ns for part, ns in parts.items()} for name, parts in networks.items()}
 
     monkeypatch.setattr(StandIns, "open", opened)
@@ -54,9 +54,13 @@ def flops_as_time(monkeypatch, anatomy):
     return takes
 
 
+@pytest.mark.parametrize("sample_weights", [10**9, 0])
 @pytest.mark.parametrize("most_layers", [99, 2])
-def test_what_is_saved_is_found_whatever_the_machine_does_meanwhile(flops_as_time, setting, anatomy, monkeypatch, most_layers):
+def test_what_is_saved_is_found_whatever_the_machine_does_meanwhile(
+    flops_as_time, setting, anatomy, monkeypatch, most_layers, sample_weights
+):
     monkeypatch.setattr(stand_ins, "MOST_LAYERS", most_layers)
+    monkeypatch.setattr(stand_ins, "SAMPLE_WEIGHTS", sample_weights)
     told = []
     table = measure_table(setting, progress=lambda what, done, total: told.append((done, total)))
     assert told[0][0] == 0 and told[-1][0] == told[-1][1]
