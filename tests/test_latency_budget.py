@@ -85,3 +85,8 @@ def test_a_time_out_of_reach_names_the_least(run, profiled, small_recipe, tmp_pa
     assert "a budget of 0.010 cannot be reached" in message
     assert "ask for --latency 0." in message
     assert not out.exists()
+
+
+def test_several_processes_do_not_each_plan_for_themselves(run, small_recipe, tmp_path):
+    message = run("plan", small_recipe, "--latency", "0.5", "--out", tmp_path / "plan", code=2, WORLD_SIZE="2").stderr
+    assert "--latency is decided by one process" in message
