@@ -145,6 +145,9 @@ class Recovery(_Strict):
     teacher_weight: float = Field(1.0, ge=0, description="of the divergence from the original's predictions")
     hidden_weight: float = Field(1.0, ge=0, description="of the distance from the original's hidden states")
     hidden_every: int = Field(2, ge=0, description="layers from one compared hidden state to the next; 0 compares none")
+    patience: int | None = Field(
+        None, ge=1, description="looks at the validation data, 10 in all, without a better result after which training ends; absent: never"
+    )
     head_share: float = Field(0.0, ge=0, lt=1, description="share of the steps that learns which heads go; 0 goes by the scores")
     lora_rank: int = Field(32, ge=1, description="rank of the updates with lora")
 

@@ -128,6 +128,23 @@ def test_a_failed_gate_is_exit_1_and_keeps_the_bundle(run, bundle_copy):
     Bundle.open(bundle_copy)
 
 
+def test_a_network_too_large_for_float16_fails_and_the_layer_is_named(run, small_model, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    large, feed_forward = Path(shutil.copytree(small_model, tmp_path / "large")), "model.language_model.layers.1.mlp"
+    weights = load_file(large / "model.safetensors")
+    for name, gain in (("up_proj", 50), ("down_proj", 20_000)):
+        weights[next(k for k in weights if k.endswith(f"layers.1.mlp.{name}.weight"))] *= gain
+    save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "bundle"
+    failed = run(large, "--flops", "1", "--target", "onnx", "--dtype", "fp16", "--out", out, code=1)
+    why = f"float16 ends at 65,504, and values leave it first at {feed_forward}.down_proj: use --dtype bf16 or fp32"
+    assert why in " ".join(failed.stdout.split())
+    report = json.loads((out / "report.json").read_text())
+    assert why in report["numerics"]["decoder_model_merged"]["message"]
+    assert report["numerics"]["vision_encoder"]["passed"]
+
+
 def test_a_bundle_validates_against_its_original_elsewhere(run, bundle_copy, tmp_path):
     moved = tmp_path / "elsewhere"
     bundle_copy.rename(moved)

@@ -79,14 +79,14 @@ def recover(
     look = None
     if validation:
         score = lambda: float(np.mean([x for row in answers_right(student, plan.anatomy, validation) for x in row]))
-        look = Validation(score, every=max(1, steps // LOOKS))
+        look = Validation(score, every=max(1, steps // LOOKS), patience=settings.patience)
     device = next(student.parameters()).device
     try:
         outcome = train(objective, steps=steps, name="recovery", directory=directory, progress=progress, validation=look, device=device)
     finally:
         objective.close()
     record = record_of(rows, data, plan.training)
-    record.steps, record.rate, record.kept = record.steps + steps, settings.rate or outcome.rate, outcome.kept
+    record.steps, record.rate, record.kept = record.steps + outcome.steps, settings.rate or outcome.rate, outcome.kept
     trained = plan.model_copy(update={"training": record})
     trained.factors = trained_factors(student, plan)
     return trained

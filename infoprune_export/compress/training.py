@@ -63,10 +63,12 @@ class Outcome(NamedTuple):
     Attributes:
         rate: Peak rate of the groups that named none; None if all named one.
         kept: Step after which the state was as it is now; None where no validation chose it.
+        steps: How many were taken: fewer than asked for where patience was at its end.
     """
 
     rate: float | None
     kept: int | None
+    steps: int
 
 
 class Objective(Protocol):
@@ -181,9 +183,9 @@ def train(
                 loop.save(path)
                 saved = time.monotonic()
     if loop.state.best is None:
-        return Outcome(loop.state.found, None)
+        return Outcome(loop.state.found, None, loop.state.step)
     objective.load_state_dict(loop.state.best)
-    return Outcome(loop.state.found, loop.state.best_step)
+    return Outcome(loop.state.found, loop.state.best_step, loop.state.step)
 
 
 class _Loop:

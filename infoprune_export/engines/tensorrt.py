@@ -6,8 +6,10 @@ directory. See flavours.py for where this runs, and tensorrt_run.py for running 
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -62,8 +64,25 @@ def build(
     if flavour.copies_weights and weights >= ONE_PROFILE_FROM:
         profiles = [spanning(profiles)]
     _check_memory(graph, weights, len(profiles))
-    network = _Network(flavour, model, graph)
-    return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
+    with uncollected():
+        network = _Network(flavour, model, graph)
+        return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Holds Python's garbage collector while TensorRT works.
+
+    TensorRT calls its logger, which is Python's, with a lock of its own held. A collection that begins there may free an older
+    builder, whose destructor waits for that lock for ever.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Network:
@@ -94,9 +113,9 @@ class _Network:
 
     def _serialise(self, arch: str, profiles: Sequence[Profile], timing_cache: Path) -> memoryview:
         config = self._config(arch, profiles)
-        if self._flavour.times_kernels:
-            known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        if self._flavour.times_kernels and not start_from_cache(config, timing_cache):
+            warning = self._flavour.module.ILogger.Severity.WARNING
+            self._logger.log(warning, f"{timing_cache.name} is damaged, or of another TensorRT or GPU: kernels are timed anew")
         plan = self._builder.build_serialized_network(self._network, config)
         if plan is None:
             raise self._build_error(arch)
@@ -128,6 +147,24 @@ class _Network:
         if "Turing" in reason and "is not supported" in reason:
             return unsupported(self._flavour, arch, "its builder has no fp32 matrix products for it")
         return InputError(f"{self._flavour.name} could not build it for {arch}: {reason}", where=self._graph)
+
+
+def start_from_cache(config, timing_cache: Path) -> bool:
+    """Gives a build the kernel times of earlier builds, or an empty cache where they are no use.
+
+    Args:
+        config: TensorRT's builder config.
+        timing_cache: File of an earlier build; it may be missing.
+
+    Returns:
+        False for a file that TensorRT does not take: a damaged one, or one of another version or GPU.
+    """
+    known = timing_cache.read_bytes() if timing_cache.is_file() else b""
+    cache = config.create_timing_cache(known)
+    if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+        return True
+    config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return False
 
 
 def allow_decomposed_attention(model: onnx.ModelProto) -> None:

@@ -18,8 +18,17 @@ from infoprune_export.runtime.session import EngineName, Session
 from infoprune_export.validation import accuracy, latency, numerics, tasks
 from infoprune_export.validation.baseline import Baseline, find_baseline
 from infoprune_export.validation.generation import dtype_of, limits_of
+from infoprune_export.validation.overflow import first_overflow
 from infoprune_export.validation.reference import read_reference
-from infoprune_export.validation.report import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Report, Size, judge
+from infoprune_export.validation.report import (
+    PARTS,
+    GenerationNumerics,
+    LatencySettings,
+    NotMeasured,
+    Report,
+    Size,
+    judge,
+)
 
 Notify = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -170,6 +179,10 @@ class Run:
                 failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
                 records = {"generation": failed}
                 self.notify(numerics.describe("generation", failed))
+            if (engine, dtype) == ("onnx", "fp16") and (overflow := first_overflow(self.bundle, reference)):
+                record = records[overflow.component]
+                record.passed, record.message = False, "; ".join(filter(None, (record.message, str(overflow))))
+                self.notify(f"FAILED | {overflow.component} (onnx, fp16) | {overflow}")
             self.report.numerics |= {f"{name}{suffix}": record for name, record in records.items()}
         return runnable
 

@@ -117,6 +117,18 @@ def test_without_a_rate_one_is_found_that_learns(networks, method):
     assert loss_of(student, teacher, plan, rows) < 0.9 * before
 
 
+def test_training_that_only_harms_ends_with_patience_and_leaves_the_network_as_it_was(networks):
+    teacher, student, plan = networks
+    before = {n: p.clone() for n, p in student.named_parameters()}
+    pixels, prompt = np.random.default_rng(1).standard_normal((1, 3, 16, 16)).astype(np.float32), np.concatenate([PROMPT, [5, 6]])
+    says = student(input_ids=torch.tensor(prompt)[None], pixel_values=torch.tensor(pixels)).logits[0, -1].argmax().item()
+    validation = make_rows([(lambda: pixels, [(prompt, np.array([says]))])], image_token=IMAGE_TOKEN)
+    settings = FAST.model_copy(update={"rate": 1.0, "patience": 2})
+    record = recover(student, teacher, plan, make_rows_of(), settings, steps=40, validation=validation).training
+    assert (record.steps, record.kept) == (8, 0)  # looked before the first step, after 4 and after 8
+    assert all(torch.equal(p, before[n]) for n, p in student.named_parameters())
+
+
 def test_only_the_tower_that_was_cut_and_the_projector_are_trained():
     teacher, student = build(), build()
     plan = make_plan(student, "language")

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -142,3 +146,73 @@ def test_a_later_build_replaces_files_and_leaves_hard_links_alone(tmp_path):
     build(graph, tmp_path / "out", "sm86")
     assert link.read_bytes() == b"old"
     assert engine.stat().st_size > 10_000
+
+
+OLDER_BUILDER = """
+import gc, sys
+from pathlib import Path
+
+from infoprune_export.engines import flavours, tensorrt
+from infoprune_export.engines.graphs import read_graph
+from infoprune_export.engines.profiles import workload_profiles
+from infoprune_export.recipe import Workload
+
+make_logger = tensorrt._logger
+
+
+def collecting(flavour, directory):
+    class Collecting(type(make_logger(flavour, directory))):
+        def log(self, level, message):
+            if gc.isenabled():
+                gc.collect()
+
+    return Collecting()
+
+
+graph, out = Path(sys.argv[1]), Path(sys.argv[2])
+rtx = next(f for f in flavours.installed() if f.name == "tensorrt-rtx")
+gc.disable()
+cycle = [tensorrt._Network(rtx, read_graph(graph), graph)]
+cycle.append(cycle)
+del cycle
+tensorrt._logger = collecting
+gc.set_threshold(10**6)
+gc.enable()
+profiles = workload_profiles(Workload(image_tokens=4, text_tokens=8, new_tokens=4))
+tensorrt.build(graph, out, archs=["sm86"], profiles=profiles, flavour=rtx)
+"""
+
+
+def test_an_older_builder_that_is_freed_while_a_new_one_is_made_blocks_nothing(tmp_path):
+    """The older one is garbage in a cycle, and a collection begins where TensorRT calls the logger, if it may."""
+    graph, root = embed_tokens(tmp_path / "embed_tokens.onnx"), Path(tensorrt.__file__).parents[2]
+    subprocess.run([sys.executable, "-c", OLDER_BUILDER, graph, tmp_path / "out"], check=True, timeout=120, cwd=root)
+    assert (tmp_path / "out" / "sm86" / "embed_tokens.engine").is_file()
+
+
+class FakeConfig:
+    """A builder config as TensorRT documents it: no cache comes of damaged bytes, and one of another GPU is not set."""
+
+    def __init__(self):
+        self.cache = None
+
+    def create_timing_cache(self, content):
+        return None if content == b"damaged" else content or b"empty"
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        if cache == b"of another GPU" and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+
+@pytest.mark.parametrize(
+    ("content", "taken", "cache"),
+    [(b"times", True, b"times"), (None, True, b"empty"), (b"damaged", False, b"empty"), (b"of another GPU", False, b"empty")],
+)
+def test_a_stale_timing_cache_is_begun_anew(tmp_path, content, taken, cache):
+    config, path = FakeConfig(), tmp_path / "timing.cache"
+    if content is not None:
+        path.write_bytes(content)
+    assert tensorrt.start_from_cache(config, path) is taken
+    assert config.cache == cache

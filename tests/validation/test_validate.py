@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infoprune_export.bundle import Bundle, Manifest
+from infoprune_export.bundle import VISION, Bundle, Manifest
 from infoprune_export.errors import GateFailed, InputError, MissingRequirement
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
 from infoprune_export.runtime.session import Session
 from infoprune_export.validation.bench import bench_bundle
+from infoprune_export.validation.overflow import Overflow
 from infoprune_export.validation.report import Report
 from infoprune_export.validation.validate import validate_bundle
 
@@ -196,8 +197,11 @@ def test_a_tensorrt_engine_is_judged_by_the_type_it_was_built_in(bundle, make_se
         return make_session(7 if original else 0, **SIZES, dtype="float16" if engine == "trt" or dtype == "fp16" else "float32")
 
     monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.validate.first_overflow", lambda bundle, reference: Overflow(VISION, "v.0.up"))
     bundle.manifest.dtypes = ["fp32", "fp16"]
     report = validate_bundle(bundle, engines=["onnx", "trt"], evaluation={}, seconds=0)
+    assert [name for name, r in report.numerics.items() if r.message and "leave it first at v.0.up" in r.message] == ["vision_encoder_fp16"]
+    assert not report.numerics["vision_encoder_fp16"].passed
     assert {(r.engine, r.dtype) for r in report.numerics.values()} == {("onnx", "fp32"), ("onnx", "fp16"), ("trt", "fp16")}
     assert {"generation", "generation_fp16", "generation_trt_fp16"} <= set(report.numerics)
     assert list(report.latency) == ["trt"] and report.latency_settings["trt"].dtype == "fp16"

@@ -17,7 +17,7 @@ from quality.settings import SETTINGS, SettingName
 from quality.work import measure, start
 
 TRAINED_BUDGETS = {"tiny": (0.33, 0.5), "smol": (0.33,)}
-STEPS = {"tiny": 600, "smol": 100}
+STEPS = {"tiny": 600, "smol": 300}
 TRAINED_PAIRS = {"tiny": 2, "smol": 1}
 ABLATION_BUDGET = 0.5
 QUICK_BUDGETS = (0.6, 0.33)
