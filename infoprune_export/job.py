@@ -280,8 +280,10 @@ class Job:
         from infoprune_export.compress.evidence import gather_for, passes
 
         criterion = self.recipe.criterion
-        with self.progress.bar("statistics", passes(criterion) * sum(b.samples for b in self.batches)) as advance:
-            return gather_for(criterion, self.original, self.anatomy, self.batches, seed=self.options.seed, progress=advance)
+        with self.progress.bar("statistics", passes(criterion) * len(list(self.anatomy.layers()))) as advance:
+            return gather_for(
+                criterion, self.original, self.anatomy, self.batches, seed=self.options.seed, progress=lambda layer: advance(1)
+            )
 
     def decide(self) -> Plan:
         """The plan: the one given, or the one that the criterion and the budget make."""

@@ -47,7 +47,7 @@ def fitting(samples: Sequence[Sample], context: int | None, warn: Callable[[str]
 
 
 MOST_SAMPLES, MOST_TOKENS = 16, 2048
-"""In one batch: a backward pass keeps every layer's activations, about 0.4 MB a token and layer at the sizes of LLaVA-1.5-7B."""
+"""In one batch: going back, a layer keeps its activations, about 0.4 MB a token at the sizes of LLaVA-1.5-7B."""
 
 
 def make_batches(samples: Sequence[Sample]) -> list[Batch]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from infoprune_export.compress.scores import HEAD_RULES
-from infoprune_export.compress.statistics import Batch, Statistics, backward, gather, reach_embeddings
+from infoprune_export.compress.statistics import Batch, Statistics, gather
+from infoprune_export.compress.walk import Walk
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, site
 from infoprune_export.recipe import Criterion
@@ -48,7 +49,7 @@ def gather_for(
     batches: Sequence[Batch],
     *,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[Layer], None] = lambda layer: None,
 ) -> Statistics:
     """Pass 1 as a criterion needs it; see `statistics.gather` for arguments and errors.
 
@@ -58,7 +59,7 @@ def gather_for(
         anatomy: Of that model.
         batches: In a fixed order.
         seed: For drawing labels.
-        progress: Called with the number of samples done; every sample counts `passes(criterion)` times.
+        progress: Called when a layer is done, which happens `passes(criterion)` times.
     """
     needs = HEAD_RULES[criterion.heads].needs
     weighted = criterion.weighting == "loss" or "fisher" in needs
@@ -85,7 +86,7 @@ def gather_task(
     *,
     gates: bool = False,
     weights: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[Layer], None] = lambda layer: None,
 ) -> TaskGradients:
     """Gathers gradients of the reference answers' loss.
 
@@ -95,17 +96,14 @@ def gather_task(
         batches: In a fixed order.
         gates: What a unit's gate does to the loss, sample by sample.
         weights: The gradient of the attention's weights.
-        progress: Called with the number of samples done.
+        progress: Called when a layer is done.
 
     Raises:
         InputError: the loss has no finite gradient other than zero.
     """
-    found = TaskGradients()
-    with _hooks(model, anatomy, found, gates, weights):
-        for batch in batches:
-            backward(model, batch, task_loss)
-            if progress:
-                progress(batch.samples)
+    found, samples = TaskGradients(), _Samples()
+    watch = lambda layer: _hooks(model, layer, found, samples, gates, weights)
+    Walk(model, anatomy, list(batches), watch, start=samples.start, advance=progress).forward_and_back(task_loss)
     gathered = [*found.gates.items(), *found.weights.items()]
     for key, value in gathered:
         if not torch.isfinite(value).all():
@@ -128,18 +126,14 @@ def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, found: TaskGradients, gates: bool, weights: bool) -> Iterator[None]:
-    batch_size = _BatchSize()
-    handles: list[RemovableHandle] = [reach_embeddings(model, anatomy), model.register_forward_pre_hook(batch_size, with_kwargs=True)]
+def _hooks(model: nn.Module, layer: Layer, found: TaskGradients, samples: _Samples, gates: bool, weights: bool) -> Iterator[None]:
+    handles: list[RemovableHandle] = [_watch_gates(model, layer, found, samples)] if gates else []
     thawed: list[nn.Parameter] = []
-    for layer in anatomy.layers():
-        if gates:
-            handles.append(_watch_gates(model, layer, found, batch_size))
-        for role in ATTENTION_ROLES if weights else ():
-            parameter = model.get_submodule(layer.linear(role).path).weight
-            if not parameter.requires_grad:
-                thawed.append(parameter.requires_grad_())
-            handles.append(_watch_weight(parameter, found, site(layer.tower, layer.index, role)))
+    for role in ATTENTION_ROLES if weights else ():
+        parameter = model.get_submodule(layer.linear(role).path).weight
+        if not parameter.requires_grad:
+            thawed.append(parameter.requires_grad_())
+        handles.append(_watch_weight(parameter, found, site(layer.tower, layer.index, role)))
     try:
         yield
     finally:
@@ -149,16 +143,16 @@ def _hooks(model: nn.Module, anatomy: Anatomy, found: TaskGradients, gates: bool
             parameter.requires_grad_(False)
 
 
-class _BatchSize:
+class _Samples:
     """Samples in the batch that is under way: a vision tower sees images, of which a sample may have several."""
 
-    samples = 0
+    now = 0
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
-        self.samples = len(kwargs["input_ids"])
+    def start(self, batch: Batch) -> None:
+        self.now = batch.samples
 
 
-def _watch_gates(model: nn.Module, layer: Layer, found: TaskGradients, batch: _BatchSize) -> RemovableHandle:
+def _watch_gates(model: nn.Module, layer: Layer, found: TaskGradients, samples: _Samples) -> RemovableHandle:
     key, groups = site(layer.tower, layer.index, "o"), layer.attention.kv_groups
     found.gates[key] = torch.zeros(groups, dtype=torch.float64)
 
@@ -166,9 +160,7 @@ def _watch_gates(model: nn.Module, layer: Layer, found: TaskGradients, batch: _B
         z = args[0].detach()
 
         def add(gradient: Tensor) -> None:
-            moved = (
-                (z.float() * gradient.float()).reshape(batch.samples, -1, groups, z.shape[-1] // groups).sum((1, 3), dtype=torch.float64)
-            )
+            moved = (z.float() * gradient.float()).reshape(samples.now, -1, groups, z.shape[-1] // groups).sum((1, 3), dtype=torch.float64)
             found.gates[key] += moved.abs().sum(0).cpu()
 
         args[0].register_hook(add)

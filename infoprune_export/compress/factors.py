@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen,
 from infoprune_export.compress.moments import Moments, TokenWeights
 from infoprune_export.compress.statistics import Batch, Statistics, at_input, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
+from infoprune_export.compress.walk import Reached, calls_of
 from infoprune_export.models.anatomy import Layer, Tower, site
 from infoprune_export.plans import Factors, Plan
 from infoprune_export.recipe import WeightingName
@@ -135,24 +135,7 @@ class _Prefix:
 
     def __init__(self, model: nn.Module, tower: Tower, batches: Sequence[Batch], tokens: TokenWeights):
         self.tokens = tokens
-        self.calls: list[tuple[Tensor, tuple, dict[str, Any]]] = []
-        self._ids: list[Tensor] = []
-        first = model.get_submodule(tower.layers[0].path)
-        handle = first.register_forward_pre_hook(self._capture, with_kwargs=True)
-        try:
-            for batch in batches:
-                with suppress(_Captured):
-                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
-                if len(self.calls) > len(self._ids):  # a batch without images never calls a vision tower
-                    self._ids.append(batch.inputs["input_ids"])
-        finally:
-            handle.remove()
-
-    def _capture(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.calls.append((hidden.detach(), args[1:], kwargs))
-        raise _Captured
+        self.calls = [found for batch in batches for found in calls_of(model, tower, batch)]
 
     def attention(self, model: nn.Module, layer: Layer) -> Moments:
         """Moments of a layer's head outputs, which are its output projection's inputs."""
@@ -169,29 +152,21 @@ class _Prefix:
 
     def advance(self, layer: nn.Module) -> None:
         """Passes the hidden states through a layer."""
-        self.calls = [(_hidden(layer(x, *args, **kwargs)), args, kwargs) for x, args, kwargs in self.calls]
+        self.calls = [(call, call.through(layer, hidden)) for call, hidden in self.calls]
 
     def _watch(self, model: nn.Module, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
         """Runs a layer as far as one map inside it, with a forward hook there."""
 
         def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             hook(module, args, output)
-            raise _Captured  # what the layer does after this map is not needed here
+            raise Reached  # what the layer does after this map is not needed here
 
         handle = model.get_submodule(path).register_forward_hook(take)
         try:
             module = model.get_submodule(layer.path)
-            for ids, (x, args, kwargs) in zip(self._ids, self.calls, strict=True):
-                self.tokens.start(ids)
-                with suppress(_Captured):
-                    module(x, *args, **kwargs)
+            for call, hidden in self.calls:
+                self.tokens.start(call.batch.inputs["input_ids"])
+                with suppress(Reached):
+                    call.through(module, hidden)
         finally:
             handle.remove()
-
-
-class _Captured(Exception):
-    """Ends a forward pass once what was wanted of it has been taken."""
-
-
-def _hidden(output: Tensor | tuple) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from infoprune_export.compress.moments import InputScale, Moments, TokenWeights
+from infoprune_export.compress.walk import Walk
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Anatomy, Layer, Linear, TowerName, site
 
@@ -90,7 +91,7 @@ def gather(
     text_share: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[Layer], None] = lambda layer: None,
 ) -> Statistics:
     """Runs the calibration batches through the original and gathers every moment.
 
@@ -103,25 +104,27 @@ def gather(
         text_share: Of the text tokens in the language model's moments; see `TokenWeights`.
         temperature: Of the model's own predictions, from which the labels of the backward pass are drawn.
         seed: For those draws.
-        progress: Called with the number of samples done.
+        progress: Called when a layer is done.
 
     Raises:
         InputError: no samples, or activations that are not finite.
     """
-    stats = Statistics(weighted=weighted)
+    batches = list(batches)
+    stats = Statistics(weighted=weighted, samples=sum(b.samples for b in batches))
     generator = torch.Generator().manual_seed(seed)
     tokens = TokenWeights(text_share, model.config.image_token_id)
-    with _hooks(model, anatomy, stats, scales, tokens):
-        for batch in batches:
-            tokens.start(batch.inputs["input_ids"])
-            stats.samples += batch.samples
-            if weighted:
-                backward(model, batch, lambda logits, targets: fisher_loss(logits, targets, temperature, generator))
-            else:
-                with torch.no_grad():
-                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
-            if progress:
-                progress(batch.samples)
+    walk = Walk(
+        model,
+        anatomy,
+        batches,
+        lambda layer: _hooks(model, layer, stats, scales, tokens),
+        start=lambda batch: tokens.start(batch.inputs["input_ids"]),
+        advance=progress,
+    )
+    if weighted:
+        walk.forward_and_back(lambda logits, targets: fisher_loss(logits, targets, temperature, generator))
+    else:
+        walk.forward()
     if not stats.samples:
         raise InputError("no calibration samples", mend="name some with --calibration PATH")
     for key, moments in [*stats.attention.items(), *stats.ffn.items(), *stats.gradients.items()]:
@@ -136,29 +139,6 @@ def gather(
             mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",
         )
     return stats
-
-
-def backward(model: nn.Module, batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Runs one batch forward and backward; hooks gather what they want of it.
-
-    Args:
-        model: Frozen or not.
-        batch: Its pixels ask for a gradient, so that one reaches the vision tower of a frozen model.
-        loss: Of logits [batch, sequence, vocabulary] and targets.
-    """
-    inputs = dict(batch.inputs)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].detach().requires_grad_()
-    # Answers come last: logits before the first of them would be most of the memory, and are not needed.
-    first = (batch.targets != -100).any(0).int().argmax()
-    wanted = batch.targets.shape[1] - int(first)
-    with torch.enable_grad():
-        loss(model(**inputs, use_cache=False, logits_to_keep=wanted).logits, batch.targets[:, -wanted:]).backward()
-
-
-def reach_embeddings(model: nn.Module, anatomy: Anatomy) -> RemovableHandle:
-    """Lets gradients reach the layers of a frozen language model: its embeddings ask for one."""
-    return model.get_submodule(anatomy.embed_path).register_forward_hook(lambda module, args, out: out.requires_grad_())
 
 
 def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -179,12 +159,8 @@ def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: 
 
 
 @contextmanager
-def _hooks(model: nn.Module, anatomy: Anatomy, stats: Statistics, scales: bool, tokens: TokenWeights) -> Iterator[None]:
-    handles = []
-    for layer in anatomy.layers():
-        handles += list(_layer_hooks(model, layer, stats, scales, tokens))
-    if stats.weighted:
-        handles.append(reach_embeddings(model, anatomy))
+def _hooks(model: nn.Module, layer: Layer, stats: Statistics, scales: bool, tokens: TokenWeights) -> Iterator[None]:
+    handles = list(_layer_hooks(model, layer, stats, scales, tokens))
     try:
         yield
     finally:
