@@ -31,7 +31,7 @@ def external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
     Raises:
         InputError: for a location that leaves the directory.
     """
-    locations = {_external_entries(t).get("location", "") for t in _constants(model) if _is_external(t)}
+    locations = {external_entries(t).get("location", "") for t in _constants(model) if is_external(t)}
     return [inside(path.parent, location, path) for location in sorted(locations)]
 
 
@@ -47,8 +47,8 @@ def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
             raise InputError(f"its weights file {file.name} is missing", where=path, mend="keep a graph and its data file together")
         sizes[file] = file.stat().st_size
     for tensor in _constants(model):
-        if _is_external(tensor):
-            entries = _external_entries(tensor)
+        if is_external(tensor):
+            entries = external_entries(tensor)
             file = path.parent / entries["location"]
             offset, length = (entries.get(key, "0") for key in ("offset", "length"))
             if not (offset.isdecimal() and length.isdecimal()):
@@ -82,11 +82,13 @@ def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
                 yield from _tensors(inner)
 
 
-def _is_external(tensor: onnx.TensorProto) -> bool:
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor's values lie in a file beside the graph's own."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
-def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    """`location`, `offset` and `length` of a tensor in another file."""
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
