@@ -5,7 +5,8 @@ MatMulNBits of the two nodes, TensorRT keeps the integers and dequantises on the
 
 What stays float: norms, biases, the convolution that cuts an image into patches, positions and class token, and the table of
 embeddings, of which a token reads one row, and which a portable graph would dequantise whole for it. An output head that shares
-that table gets a quantised copy of its own.
+that table gets a quantised copy of its own. (tiny-llava at 0.6, int4, 2,900 questions: nothing is lost with both towers, projector
+and head quantised.)
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from infoprune_export.bundle import DECODER, VISION, QuantisedComponent, QuantisedWeights, graph_file
 from infoprune_export.engines.blocks import BLOCK, pack, quantise
-from infoprune_export.engines.graphs import external_entries, is_external, read_graph
+from infoprune_export.engines.graphs import is_external, read_graph, read_tensor
 from infoprune_export.errors import InputError
 from infoprune_export.precision import Dtype, WeightType, quantised
 
@@ -80,10 +81,10 @@ def quantise_graph(graph: Path, out: Path, weights: WeightType) -> None:
         for name, tensor in stored.items():
             if name in matrices or name not in used:
                 continue
-            values = _array(tensor, graph.parent)
+            values = read_tensor(tensor, graph.parent)
             kept.append(_tensor(name, tensor.data_type, values.shape, values.tobytes(), file) if is_external(tensor) else tensor)
         for name, matrix in matrices.items():
-            values = _array(stored[matrix.initialiser], graph.parent)
+            values = read_tensor(stored[matrix.initialiser], graph.parent)
             try:
                 codes, scales = quantise(values.T if matrix.transposed else values, weights)
             except InputError as e:
@@ -154,15 +155,6 @@ def _dequantised(nodes: Iterable[onnx.NodeProto], matrices: set[str]) -> Iterato
                 inputs = [f"{name}{CODES}", f"{name}{SCALE}"]
                 yield helper.make_node("DequantizeLinear", inputs, [name], name=f"DequantizeLinear_{name}", axis=0, block_size=BLOCK)
         yield node
-
-
-def _array(tensor: onnx.TensorProto, directory: Path) -> np.ndarray:
-    """A tensor's values, left in their file where they are in one."""
-    if not is_external(tensor):
-        return numpy_helper.to_array(tensor)
-    entries = external_entries(tensor)
-    dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
-    return np.memmap(directory / entries["location"], dtype, mode="r", offset=int(entries.get("offset", 0)), shape=shape)
 
 
 def _tensor(name: str, data_type: int, shape: Sequence[int], raw: bytes, file: BinaryIO) -> onnx.TensorProto:
