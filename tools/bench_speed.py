@@ -30,13 +30,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"slices of {QUICK_LAYERS} layer, no smol-llava")
-    parser.add_argument("--only", action="append", choices=["llava7b", "tiny", "smol"], help="one section; may be repeated")
+    parser.add_argument("--only", action="append", choices=["llava7b", "tiny", "smol", "int4"], help="one section; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="for each part of each network (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where results go (default: benchmarks/speed, build/speed/quick with --quick)")
     args = parser.parse_args(arguments)
     args.out = args.out or (ROOT / "build" / "speed" / "quick" if args.quick else ROOT / "benchmarks" / "speed")
-    args.only = args.only or (["llava7b", "tiny"] if args.quick else ["llava7b", "tiny", "smol"])
+    args.only = args.only or (["llava7b", "tiny", "int4"] if args.quick else ["llava7b", "tiny", "smol", "int4"])
     return args
 
 
@@ -52,6 +52,13 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("tiny", "smol"):
         if name in found:
             checks.append({"name": f"{name}.end_to_end.speedup", "value": found[name]["latency"]["ort"]["end_to_end"]["speedup"]})
+    if "int4" in found:
+        bundle, decode = found["int4"]["bundle"], found["int4"]["parts"]["decode"]
+        checks += [
+            {"name": "int4.size_ratio", "value": bundle["size_ratio"]},
+            {"name": "int4.decode_speedup", "value": decode["speedup"]},
+            {"name": "int4.accuracy_drop_points", "value": bundle["drop_points"]},
+        ]
     return [c | {"value": round(c["value"], 3)} for c in checks]
 
 
@@ -67,8 +74,25 @@ def table(found: dict[str, Any], not_measured: list[dict[str, str]], threads: in
         for part, x in found.get(name, {}).get("latency", {}).get("ort", {}).items():
             lines.append(_row(f"{name}-llava", part, x["original"]["median_ms"], x["compressed"]["median_ms"], x["flops_kept"]))
     lines += ["", "Kept is of FLOPs; of decoding on the slices, of the bytes that a token reads."]
+    lines += _int4_lines(found["int4"]) if "int4" in found else []
     lines += [f"- Not measured: {x['what']} ({x['reason']})" for x in not_measured]
     return "\n".join(lines) + "\n"
+
+
+def _int4_lines(found: dict[str, Any]) -> list[str]:
+    bundle = found["bundle"]
+    lines = ["", "## int4 weights on top", "", "| slices, compressed | float | int4 | speed-up | bytes of weights |"]
+    lines.append("|---|---|---|---|---|")
+    for part, x in found["parts"].items():
+        before, after = x["float"]["median_ms"], x["int4"]["median_ms"]
+        lines.append(f"| {part} | {before:.4g} ms | {after:.4g} ms | {x['speedup']:.2f}x | {x['bytes_ratio']:.3f} |")
+    tasks = ", ".join(f"{name} {t['original']:.3f}, {t['compressed']:.3f}, {t['quantised']:.3f}" for name, t in bundle["tasks"].items())
+    size, lost = bundle["size_ratio"], bundle["drop_points"]
+    lines += [
+        "",
+        f"tiny-llava's graphs with int4 weights have {size:.3f} of the float ones' bytes, embedding included. They lose {lost:.2f}",
+    ]
+    return [*lines, f"points of accuracy (original, compressed, int4: {tasks})."]
 
 
 def _slices(found: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(ROOT)  # recipes name models and data relative to where one works
     from quality.versions import commit
     from sections import Sections
-    from speed import bundles, slices
+    from speed import bundles, slices, weights
 
     from infoprune_export.engines.machine import machine_report
     from infoprune_export.pipeline import library_versions
@@ -104,6 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in ("tiny", "smol"):
             if name in args.only:
                 run.section(name, lambda name=name: bundles.measure(f"{name}-llava", work, args.threads, args.seconds))
+        if "int4" in args.only:
+            shape = slices.slice_of(QUICK_LAYERS if args.quick else LAYERS)
+            run.section("int4", lambda: weights.measure(shape, work / "int4", args.threads, args.seconds, quick=args.quick))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}

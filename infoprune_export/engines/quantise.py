@@ -28,8 +28,10 @@ from infoprune_export.precision import Dtype, WeightType, quantised
 
 QUANTISED = (VISION, DECODER)
 """Components with matrices; the embedding is a table."""
-INLINE_BYTES, ALIGNMENT = 1024, 4096
-"""As in the float graphs: small tensors stay in the graph's own file, large ones begin at a memory page."""
+INLINE_BYTES = 1024
+"""Tensors up to this size stay in the graph's own file."""
+PAGE, PAGE_FROM, WORD = 4096, 2**20, 64
+"""Tensors from a MiB on begin at a memory page, smaller ones at a multiple of 64 bytes: they are many, and their sizes small."""
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _INTEGERS = {"int4": onnx.TensorProto.INT4, "int8": onnx.TensorProto.INT8}
 INT4_IR_VERSION = 10
@@ -163,7 +165,7 @@ def _tensor(name: str, data_type: int, shape: Sequence[int], raw: bytes, file: B
     if len(raw) <= INLINE_BYTES:
         tensor.raw_data = raw
         return tensor
-    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    file.write(b"\0" * (-file.tell() % (PAGE if len(raw) >= PAGE_FROM else WORD)))
     place = {"location": Path(file.name).name, "offset": file.tell(), "length": len(raw)}
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(value)) for key, value in place.items())

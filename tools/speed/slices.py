@@ -50,7 +50,7 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
     del model
     whole, kept = (count(anatomy, plan.workload, p).parts() for p in (None, plan))
     found = {}
-    for part, component, run in (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode)):
+    for part, component, run in PARTS:
         sides, read = {}, {}
         for name in ("dense", "compressed"):
             path = work / name / "ort" / graph_file(component, "fp32")
@@ -107,3 +107,7 @@ def _timed(engine: OrtEngine, feeds: dict[str, np.ndarray]) -> Callable[[], floa
         return 1e3 * (time.perf_counter() - start)
 
     return sample
+
+
+PARTS = (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode))
+"""What is timed: its name, its component, and what makes a sample of an engine."""
