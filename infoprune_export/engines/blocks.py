@@ -49,11 +49,6 @@ def quantise(matrix: np.ndarray, weights: WeightType, block: int = BLOCK) -> tup
     return codes, scales
 
 
-def dequantise(codes: np.ndarray, scales: np.ndarray, block: int = BLOCK) -> np.ndarray:
-    """The matrix [d_in, d_out] float32 that codes and scales stand for."""
-    return np.repeat(scales.astype(np.float32), block, axis=0)[: len(codes)] * codes
-
-
 def pack(codes: np.ndarray, weights: WeightType) -> bytes:
     """Codes as ONNX stores them: a byte each, or two in a byte with the first one in its lower half."""
     if weights == "int8":
@@ -61,15 +56,6 @@ def pack(codes: np.ndarray, weights: WeightType) -> bytes:
     flat = codes.reshape(-1).view(np.uint8) & 0xF
     pairs = np.append(flat, np.uint8(0)) if len(flat) % 2 else flat
     return (pairs[::2] | pairs[1::2] << 4).tobytes()
-
-
-def unpack(data: bytes, shape: tuple[int, int], weights: WeightType) -> np.ndarray:
-    """Codes int8 of what `pack` made."""
-    stored = np.frombuffer(data, np.int8)
-    if weights == "int8":
-        return stored.reshape(shape)
-    pairs = np.stack([stored << 4, stored], axis=-1) >> 4  # shifting back down carries the sign
-    return pairs.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
 
 
 def _round(blocks: np.ndarray, weights: WeightType, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

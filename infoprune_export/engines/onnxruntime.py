@@ -71,10 +71,8 @@ class OrtEngine(Engine):
                 missing, cut off or outside the directory.
             MissingRequirement: a bfloat16 graph without the package ml_dtypes.
         """
-        model = read_graph(path)
+        read_graph(path)
         options = _options(threads)
-        if quantised_with(model) == onnx.TensorProto.FLOAT:
-            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_ACTIVATIONS)
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         return cls(_session(path, options, list(providers or _default_providers())), path)
@@ -144,7 +142,7 @@ def build(graph: Path, out: Path) -> Path:
             _write_optimised(graph, part / out.name)
         else:
             # The CPU has no half-precision kernel: a cast comes before the scales, and the integer kernels, which want constant ones,
-            # give zeros (ONNX Runtime 1.32). The second time it is folded into them.
+            # give zeros (ONNX Runtime 1.32 at this level). The second time it is folded into them.
             _write_optimised(graph, part / "cast" / out.name)
             _write_optimised(part / "cast" / out.name, part / out.name)
         for name in (data, out.name):  # the graph last, so that a graph never stands without its weights
@@ -160,7 +158,6 @@ def _write_optimised(graph: Path, out: Path) -> None:
     options = _options(threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(out)
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_ACTIVATIONS)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}_data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_FROM_BYTES))
     _session(graph, options, ["CPUExecutionProvider"])
@@ -173,6 +170,7 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     # Several sessions share the cores (three components, and the original in a comparison): threads that spin while
     # another session works take its time and make medians jump by whole scheduler slices.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INT8_ACTIVATIONS)
     return options
 
 
