@@ -105,7 +105,7 @@ def test_a_device_quantises_without_pytorch(run, bundle_copy):
     assert done.returncode == 0, done.stderr
     manifest = Bundle.open(bundle_copy).manifest
     assert manifest.weights.type == "int8" and manifest.quantised == ["int8"]
-    assert "decoder_model_merged_int8.onnx" in done.stdout
+    assert "engines/ort/decoder_model_merged_int8.onnx" in done.stderr
     assert not (bundle_copy / "original" / "engines" / "ort" / "decoder_model_merged_int8.onnx").exists()
     assert run("generate", bundle_copy, "--prompt", "what color is the shape?").stdout.strip()
     assert "has int8 graphs already" in run("build", bundle_copy, "--target", "ort", "--weights", "int4", code=2).stderr

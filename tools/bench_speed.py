@@ -88,11 +88,8 @@ def _int4_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {part} | {before:.4g} ms | {after:.4g} ms | {x['speedup']:.2f}x | {x['bytes_ratio']:.3f} |")
     tasks = ", ".join(f"{name} {t['original']:.3f}, {t['compressed']:.3f}, {t['quantised']:.3f}" for name, t in bundle["tasks"].items())
     size, lost = bundle["size_ratio"], bundle["drop_points"]
-    lines += [
-        "",
-        f"tiny-llava's graphs with int4 weights have {size:.3f} of the float ones' bytes, embedding included. They lose {lost:.2f}",
-    ]
-    return [*lines, f"points of accuracy (original, compressed, int4: {tasks})."]
+    lines += ["", f"tiny-llava's graphs with int4 weights have {size:.3f} of the float ones' bytes, embedding included, and"]
+    return [*lines, f"lose {lost:.2f} points of accuracy (original, compressed, int4: {tasks})."]
 
 
 def _slices(found: dict[str, Any]) -> dict[str, Any]:
