@@ -198,7 +198,7 @@ class Run:
         return runnable
 
     @staticmethod
-    def quantised(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
+    def with_quantised_weights(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
         """The variant with quantised weights on the same engine and in the same type, if it runs here."""
         return next((v for v in variants if v.quantised and (v.engine, float_type(v.dtype)) == (variant.engine, variant.dtype)), None)
 
@@ -225,7 +225,7 @@ class Run:
         compressed = examiner.sit_all(exams, self._compressed(variant), "compressed")
         session = self._original(variant, "accuracy")
         original = examiner.sit_all(exams, session, "original") if session else {}
-        small = self.quantised(variant, variants)
+        small = self.with_quantised_weights(variant, variants)
         quantised = examiner.sit_all(exams, self._compressed(small), small.dtype) if small else {}
         for task, exam in exams.items():
             made = exam.record(original.get(task), compressed[task], quantised.get(task), variant.engine, variant.dtype)
@@ -240,7 +240,7 @@ class Run:
         counted = workload == manifest.workload
         kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
         for variant in {v.engine: v for v in reversed(variants)}.values():
-            engine, small = variant.engine, self.quantised(variant, variants)
+            engine, small = variant.engine, self.with_quantised_weights(variant, variants)
             original = self._original(variant, f"latency.{engine}")
             load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:
