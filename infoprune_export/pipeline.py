@@ -95,24 +95,22 @@ def run(job: Job) -> tuple[Bundle, Report]:
 
 def _compress(job: Job, root: Path) -> None:
     """Plan, factors and the smaller model's weights, with the files a processor is read from."""
-    plan, model = job.factors(job.decide())
-    _write_network(job, plan, model, root)
-
-
-def _write_network(job: Job, plan: Plan, model: nn.Module, root: Path) -> None:
-    from infoprune_export.compress.network import save_weights
-
-    shutil.rmtree(root / "model", ignore_errors=True)
+    plan = job.factors(job.decide())
     plan.save(root)
     copy_processor_files(job.checkpoint.directory, root)
-    save_weights(model, root / "model" / "model.safetensors")
+    job.write_network(plan, root)
 
 
 def _train(job: Job, untrained: Path, root: Path) -> None:
     """Trains the smaller model; what it learns goes into the factors."""
+    from infoprune_export.compress.network import save_weights
+
     model = _untrained(job, untrained)
     announce(untrained, "train")
-    _write_network(job, job.recover(Plan.load(untrained), model), model, root)
+    plan = job.recover(Plan.load(untrained), model)
+    plan.save(root)
+    copy_processor_files(job.checkpoint.directory, root)
+    save_weights(model, root)
 
 
 def _untrained(job: Job, directory: Path) -> nn.Module:
