@@ -27,7 +27,9 @@ Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 class TensorFile(Mapping[str, np.ndarray]):
-    """The tensors of a file as read-only arrays over its bytes, which the system loads as they are looked at.
+    """The tensors of a file as arrays over its bytes, which the system loads as they are looked at.
+
+    What is written into an array stays in memory; the file keeps what it holds.
 
     Raises:
         InputError: no whole safetensors file, or one with types other than 64, 32 and 16 bit numbers.
@@ -42,8 +44,8 @@ class TensorFile(Mapping[str, np.ndarray]):
                 if not 0 < length <= min(MOST_HEADER, size - 8):
                     raise ValueError("its header has no sensible length")
                 header = json.loads(f.read(length))
-                # Closing a mapping while arrays look at it would be an error, so it lives as long as they do.
-                self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                # Never closed: it lives as long as an array looks at it.
+                self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
             header.pop("__metadata__", None)
             self._begin = 8 + length
             self._entries = {name: self._entry(name, entry, size) for name, entry in header.items()}

@@ -55,7 +55,8 @@ def shape_as_planned(model: nn.Module, plan: Plan) -> None:
         for role, rank in decision.ranks.items():
             if rank is not None:
                 old = model.get_submodule(layer.linear(role).path)
-                new = LowRankLinear(old.in_features, old.out_features, rank, old.bias is not None, old.weight.dtype)
+                with old.weight.device:
+                    new = LowRankLinear(old.in_features, old.out_features, rank, old.bias is not None, old.weight.dtype)
                 model.set_submodule(layer.linear(role).path, new)
 
 

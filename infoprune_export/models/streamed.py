@@ -135,16 +135,7 @@ class _Names:
 
 def file_shelf(file: Mapping[str, np.ndarray]) -> Shelf:
     """The weights of a file that is named after the model's parameters, such as a bundle's."""
-    return Shelf({name: lambda name=name: _tensor(file[name]) for name in file})
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor over an array's own bytes; PyTorch does not know read-only ones, and nothing here writes into weights."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
+    return Shelf({name: lambda name=name: torch.from_numpy(file[name]) for name in file})
 
 
 def lay_out(model: PreTrainedModel, shelf: Shelf, anatomy: Anatomy) -> PreTrainedModel:
