@@ -6,7 +6,6 @@ what was written: `Bundle.open` checks every hash and refuses any path that leav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoprune_export.errors import InputError
+from infoprune_export.hashes import file_sha256
 from infoprune_export.plans import Plan, Source
 from infoprune_export.precision import Dtype, Precision, WeightType, float_type, is_quantised, quantised
 from infoprune_export.recipe import Recipe, Scope, TargetName, Workload, first_problem
@@ -100,18 +100,6 @@ def graph_file(component: str, precision: Precision = "fp32") -> str:
 def engine_name(component: str, precision: Precision) -> str:
     """Name of a component's engine for a target that builds from one float type: `decoder_model_merged`, `..._q4f16`."""
     return f"{component}_{precision}" if is_quantised(precision) and component != EMBED else component
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
-
-
-def _sha256(f) -> str:
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def inside(root: Path, relative: str, where: object) -> Path:
