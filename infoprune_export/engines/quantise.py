@@ -79,7 +79,10 @@ def quantise_graph(graph: Path, out: Path, weights: WeightType) -> None:
     used = {name for node in model.graph.node for name in node.input}
     stored = {t.name: t for t in model.graph.initializer}
     kept: list[onnx.TensorProto] = []
-    with open(out.with_name(f"{out.name}_data"), "wb") as file:
+    data = out.with_name(f"{out.name}_data")
+    for file in (out, data):  # which may be links to another bundle's
+        file.unlink(missing_ok=True)
+    with open(data, "wb") as file:
         for name, tensor in stored.items():
             if name in matrices or name not in used:
                 continue
