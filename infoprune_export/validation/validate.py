@@ -70,8 +70,8 @@ def validate_bundle(
         The report with its gates; `Report.write` puts it into a directory.
 
     Raises:
-        InputError: accuracy asked for of random weights, a bundle without a reference, an `original` of another model, a workload that is not the
-            model's, or an engine asked for by name that the bundle does not hold.
+        InputError: a bundle without a reference, an `original` of another model, a workload that is not the
+            model's, an engine asked for by name that the bundle does not hold, or accuracy of random weights.
         MissingRequirement: this machine cannot run an engine asked for by name.
     """
     manifest = bundle.manifest
