@@ -188,6 +188,8 @@ class _Values:
 
         self.seed = seed
         self.tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        # No network answers with an image: the token's logit stays 0, which among thousands of random ones is never the largest.
+        self.silent = {f"{path}.weight": model.config.image_token_id for path in (anatomy.embed_path, anatomy.head_path)}
         self.gains: dict[str, float] = {}
         self.heads: dict[str, int] = {}
         for tower in (anatomy.vision, anatomy.language):
@@ -232,8 +234,13 @@ class _Values:
         spectrum = spectrum[torch.randperm(rank, generator=generator)]  # else it would be nearly a Kronecker product itself
         left, right = _Rotation(rows, generator), _Rotation(columns, generator)
         scale = self._head_scale(name, columns, generator)
+        silent, start = self.silent.get(name, -1), 0
         for block in left.rows(rank, max(1, BLOCK // columns)):
-            yield right.turn(block.mul_(spectrum)).mul_(scale)
+            block = right.turn(block.mul_(spectrum)).mul_(scale)
+            if start <= silent < start + len(block):
+                block[silent - start] = 0
+            start += len(block)
+            yield block
 
     def _head_scale(self, name: str, columns: int, generator: torch.Generator) -> Tensor:
         """How much an output projection makes of each head, [columns]; 1 for other matrices."""

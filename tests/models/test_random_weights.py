@@ -41,6 +41,7 @@ def test_it_loads_and_its_answers_depend_on_what_is_asked(config, tmp_path, fami
     directions = torch.nn.functional.normalize(logits[:, -1], dim=-1)
     assert (directions @ directions.T).triu(1).max() < 0.9
     logits.logsumexp(-1).sum().backward()
+    assert (logits[..., networks.IMAGE_TOKEN] == 0).all() and logits.max(-1).values.min() > 0.1
     norms = [p.grad.norm() / p.norm() for name, p in model.named_parameters() if "language" in name and name.endswith("proj.weight")]
     assert len(norms) == 21 and min(norms) > 1e-3 * max(norms) > 0
 
