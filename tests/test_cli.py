@@ -101,12 +101,6 @@ def test_pickle_weights_are_refused(run, model_copy, tmp_path):
     assert "has pickle weights only (pytorch_model.bin)" in refused(run, model_copy, tmp_path)
 
 
-def test_missing_shard(run, model_copy, tmp_path):
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "shard model-00001-of-00002.safetensors is missing" in refused(run, model_copy, tmp_path)
-
-
 def test_misspelt_recipe_names_line_and_field(run, tmp_path):
     (tmp_path / "r.yaml").write_text("model: m\nflosp: 1\n")
     assert "r.yaml: line 2: flosp: unknown field; did you mean flops?" in run(tmp_path / "r.yaml", code=2).stderr

@@ -216,7 +216,7 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as e:
             raise InputError(f"is not a weight index ({e})", where=index) from None
         for name in names:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_hub import serve  # noqa: E402
+from fake_hub import serve
 
 REPO = "someone/small-llava"
 SHARD = "model.safetensors"
