@@ -38,7 +38,7 @@ def test_everything_says_that_the_weights_are_random(made):
     assert "random weights" in done.stdout and "random weights in the shapes of" in done.stderr
     manifest, report = (json.loads((out / name).read_text()) for name in ("manifest.json", "report.json"))
     assert manifest["random_weights"] is True and report["random_weights"] is True
-    assert manifest["source"]["id"].endswith("(random weights)")
+    assert manifest["source"]["id"] == "small (random weights)"
     assert "The weights are random" in (out / "report.html").read_text()
     card = (out / "README.md").read_text()
     assert "**The weights are random**" in card and "8 synthetic questions" in card and "base_model" not in card

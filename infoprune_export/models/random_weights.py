@@ -25,7 +25,8 @@ from infoprune_export.models.load import INDEX
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from infoprune_export.models.anatomy import Anatomy
 
@@ -107,10 +108,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _skeleton(config: Path) -> nn.Module:
-    """The model of a config without its weights (on the meta device)."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+def _skeleton(config: Path) -> PreTrainedModel:
+    """The model of a config without its weights; its config keeps the type that the weights are to have."""
+    from transformers import AutoConfig
+
+    from infoprune_export.models.streamed import skeleton
 
     try:
         parsed = json.loads(config.read_text(encoding="utf-8"))
@@ -118,11 +120,14 @@ def _skeleton(config: Path) -> nn.Module:
         raise InputError(f"not JSON ({e})", where=config) from None
     check_family(parsed if isinstance(parsed, dict) else {}, config)
     try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config))
+        read = AutoConfig.from_pretrained(config)
+        dtype = read.dtype or read.get_text_config().dtype
+        model = skeleton(read)
     except Exception as e:  # transformers raises anything from KeyError to its own validation errors here
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(f"no model can be made of it ({reason})", where=config) from None
+    model.config.dtype = dtype
+    return model
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,12 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _shards(model: nn.Module) -> list[list[Entry]]:
+def _shards(model: PreTrainedModel) -> list[list[Entry]]:
     """A model's parameters, tied ones once, in files of at most `SHARD_BYTES` (a larger tensor has one of its own)."""
-    dtype = _dtype(model.config)
+    import torch
+
+    own = str(model.config.dtype).removeprefix("torch.")
+    dtype = getattr(torch, own if own in _TYPES else "float32")
     found: list[list[Entry]] = [[]]
     size = 0
     for name, parameter in model.named_parameters():
@@ -151,13 +159,6 @@ def _shards(model: nn.Module) -> list[list[Entry]]:
         found[-1].append(entry)
         size += entry.bytes
     return found
-
-
-def _dtype(config: Any) -> torch.dtype:
-    import torch
-
-    own = config.dtype or config.get_text_config().dtype
-    return own if own in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def _write_shard(path: Path, tensors: list[Entry], values: _Values, progress: Callable[[int], None]) -> None:
@@ -183,7 +184,7 @@ def _write_shard(path: Path, tensors: list[Entry], values: _Values, progress: Ca
 class _Values:
     """Makes the values of a model's tensors, each from the seed and its name alone."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, seed: int):
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, seed: int):
         from torch import nn
 
         self.seed = seed

@@ -155,6 +155,6 @@ def test_configs_that_make_no_model(config, tmp_path):
 
 def test_only_a_config_is_looked_for(config):
     path = config()
-    assert load.locate_config(str(path.parent)) == path
+    assert load.locate_config(str(path.parent)) == (path, path.parent.name)
     with pytest.raises(InputError, match="no such model directory"):
         load.locate_config("./nowhere/at/all")
