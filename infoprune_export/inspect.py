@@ -138,7 +138,7 @@ def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
 
 
 def _quantised(m: Manifest) -> str:
-    counts = ", ".join(f"{c.matrices} matrices of {name}" for name, c in m.weights.components.items())
+    counts = ", ".join(f"{c.matrices} matrices of {name} in {c.type}" for name, c in m.weights.components.items())
     return f"also with {m.weights.type} weights in blocks of {m.weights.block_size} ({', '.join(m.quantised)}): {counts}"
 
 

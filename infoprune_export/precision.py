@@ -26,8 +26,13 @@ def float_type(precision: Precision) -> Dtype:
     return _PARTS[precision][0]
 
 
+def weights_of(precision: Precision) -> WeightType | None:
+    """The type of quantised matrices: int4 of `q4f16`, None of fp16."""
+    return _PARTS[precision][1]
+
+
 def is_quantised(precision: Precision) -> bool:
-    return _PARTS[precision][1] is not None
+    return weights_of(precision) is not None
 
 
 _PARTS = {dtype: (dtype, None) for dtype in _FLOATS} | {quantised(d, w): (d, w) for d in _FLOATS for w in _WEIGHTS}

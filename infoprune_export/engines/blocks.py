@@ -1,10 +1,11 @@
 """Matrices as small integers with a scale for every block of inputs.
 
-    w[i, j]  ~  scale[i // block, j] * code[i, j]         code in -7..7 (int4) or -127..127 (int8)
+    w[i, j]  ~  scale[i // block, j] * code[i, j]         code in -8..7 (int4) or -128..127 (int8)
 
-Rounding is to nearest and symmetric: the largest weight of a block becomes the largest code, no weight is off by more than half
-a scale, a zero stays zero, and no zero points are stored, which TensorRT has not. Scales with the least squared error were tried
-on tiny-llava with int4: a tenth less error in the weights, and answers neither better nor worse.
+Rounding is to nearest and symmetric: a zero weight stays zero, and no zero points are stored, which TensorRT has not. With int8 the
+largest weight of a block becomes 127, and no weight is off by more than half a scale. With 16 codes that wastes some on what is rare:
+of a few smaller scales the one with the least squared error is taken. On tiny-llava at 0.33 that takes the error of the logits from
+0.14 to 0.09 of the largest one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ BLOCK = 32
 """Inputs that share a scale, a power of two from 16 on for ONNX Runtime. Of 32, 64 and 128, with int4 on tiny-llava at 0.6, the first
 loses nothing and the others half a point or more."""
 LARGEST = {"int4": 7, "int8": 127}
+SHRUNK = {"int4": tuple(np.linspace(0.65, 1, 8)), "int8": (1.0,)}
+"""Scales tried, as shares of the one that the largest weight fills."""
 _AT_A_TIME = 2**22
 """Weights rounded together: the work takes some five times their memory."""
 
@@ -63,7 +66,28 @@ def _round(blocks: np.ndarray, weights: WeightType, dtype: np.dtype) -> tuple[np
     largest, extent = LARGEST[weights], np.abs(blocks).max(1)
     if not np.isfinite(extent).all():
         raise InputError("has weights that are NaN or infinite", mend="quantise another checkpoint, or leave --weights out")
-    # Codes are of the scale as it is stored, rounded to its type; one that rounds to nothing has no weights worth a code.
-    scale = (extent / largest).astype(dtype)
+    first, *others = SHRUNK[weights]
+    codes, scales = _codes(blocks, extent * (first / largest), largest, dtype)
+    if not others:
+        return codes, scales
+    least = _error(blocks, codes, scales)
+    for share in others:
+        code, scale = _codes(blocks, extent * (share / largest), largest, dtype)
+        error = _error(blocks, code, scale)
+        better = error < least
+        np.copyto(codes, code, where=better[:, None])
+        np.copyto(scales, scale, where=better)
+        np.copyto(least, error, where=better)
+    return codes, scales
+
+
+def _codes(blocks: np.ndarray, scale: np.ndarray, largest: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of the scale as it is stored, rounded to its type, and that one; where it rounds to nothing, the codes are zero."""
+    scale = scale.astype(dtype)
     scale[scale == 0] = 1
-    return np.clip(np.rint(blocks / scale.astype(np.float32)[:, None]), -largest, largest).astype(np.int8), scale
+    return np.clip(np.rint(blocks / scale.astype(np.float32)[:, None]), -largest - 1, largest).astype(np.int8), scale
+
+
+def _error(blocks: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Sum of squares [n, d_out]."""
+    return np.square(codes * scales.astype(np.float32)[:, None] - blocks).sum(1)

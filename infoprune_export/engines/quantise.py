@@ -5,8 +5,7 @@ MatMulNBits of the two nodes, TensorRT keeps the integers and dequantises on the
 
 What stays float: norms, biases, the convolution that cuts an image into patches, positions and class token, and the table of
 embeddings, of which a token reads one row, and which a portable graph would dequantise whole for it. An output head that shares
-that table gets a quantised copy of its own. (tiny-llava at 0.6, int4, 2,900 questions: nothing is lost with both towers, projector
-and head quantised.)
+that table gets a quantised copy of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from infoprune_export.bundle import DECODER, VISION, QuantisedComponent, QuantisedWeights, graph_file
+from infoprune_export.bundle import DECODER, VISION, QuantisedComponent, QuantisedWeights, component_precision, graph_file
 from infoprune_export.engines.blocks import BLOCK, pack, quantise
 from infoprune_export.engines.graphs import is_external, read_graph, read_tensor
 from infoprune_export.errors import InputError
-from infoprune_export.precision import Dtype, WeightType, quantised
+from infoprune_export.precision import Dtype, WeightType, quantised, weights_of
 
 QUANTISED = (VISION, DECODER)
 """Components with matrices; the embedding is a table."""
@@ -47,7 +46,7 @@ def quantise_graphs(onnx_dir: Path, dtype: Dtype, weights: WeightType) -> list[P
     Args:
         onnx_dir: Directory with the graphs.
         dtype: Of the float graphs, and of all in the new ones that is not quantised.
-        weights: `int4` or `int8`.
+        weights: `int8`, or `int4`, of which the vision encoder takes int8 (see `bundle.component_precision`).
 
     Returns:
         The graphs written.
@@ -57,8 +56,9 @@ def quantise_graphs(onnx_dir: Path, dtype: Dtype, weights: WeightType) -> list[P
     """
     made = []
     for component in QUANTISED:
-        out = onnx_dir / graph_file(component, quantised(dtype, weights))
-        quantise_graph(onnx_dir / graph_file(component, dtype), out, weights)
+        own = component_precision(component, quantised(dtype, weights))
+        out = onnx_dir / graph_file(component, own)
+        quantise_graph(onnx_dir / graph_file(component, dtype), out, weights_of(own))
         made.append(out)
     return made
 
@@ -106,11 +106,13 @@ def describe(onnx_dir: Path, dtype: Dtype, weights: WeightType) -> QuantisedWeig
     """What is quantised and what is not, as the graphs on disk say it, for the manifest."""
     components = {}
     for component in QUANTISED:
-        model = read_graph(onnx_dir / graph_file(component, quantised(dtype, weights)))
+        own = component_precision(component, quantised(dtype, weights))
+        model = read_graph(onnx_dir / graph_file(component, own))
         sizes = {t.name: int(np.prod(t.dims)) for t in model.graph.initializer}
         floats = sum(sizes[t.name] for t in model.graph.initializer if t.data_type in _FLOATS)
         inputs = [node.input for node in model.graph.node if node.op_type == "DequantizeLinear"]
         components[component] = QuantisedComponent(
+            type=weights_of(own),
             matrices=len(inputs),
             parameters=sum(sizes[codes] for codes, _ in inputs),
             float_parameters=floats - sum(sizes[scale] for _, scale in inputs),

@@ -13,7 +13,7 @@ from infoprune_export.engines import onnxruntime, tensorrt
 from infoprune_export.engines.graphs import read_graph
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.engines.profiles import Profile, Span
-from infoprune_export.engines.quantise import describe, quantise_graph
+from infoprune_export.engines.quantise import describe, quantise_graph, quantise_graphs
 from infoprune_export.engines.whole_blocks import make_whole
 from infoprune_export.errors import InputError
 
@@ -141,11 +141,15 @@ def test_a_matrix_that_is_not_finite_is_named(tmp_path):
 
 def test_the_manifest_counts_what_is_quantised(tmp_path):
     for component in ("vision_encoder", "decoder_model_merged"):
-        quantise_graph(network(tmp_path / f"{component}.onnx"), tmp_path / f"{component}_q4.onnx", "int4")
+        network(tmp_path / f"{component}.onnx")
+    made = quantise_graphs(tmp_path, "fp32", "int4")
+    assert [p.name for p in made] == ["vision_encoder_int8.onnx", "decoder_model_merged_q4.onnx"]
     found = describe(tmp_path, "fp32", "int4")
     assert (found.type, found.block_size) == ("int4", 32)
-    (counts,) = {tuple(c.model_dump().values()) for c in found.components.values()}
-    assert counts == (4, sum(a * b for a, b in PRODUCTS.values()), D_OUT + 64)
+    counts = {name: tuple(c.model_dump().values()) for name, c in found.components.items()}
+    parameters = sum(a * b for a, b in PRODUCTS.values())
+    assert counts["vision_encoder"] == ("int8", 4, parameters, D_OUT + 64)
+    assert counts["decoder_model_merged"] == ("int4", 4, parameters, D_OUT + 64)
 
 
 # TensorRT

@@ -12,7 +12,7 @@ from shapes import Shape, build, compress
 from infoprune_export.bundle import graph_file
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.engines.onnxruntime import build as build_engine
-from infoprune_export.engines.quantise import quantise_graph
+from infoprune_export.engines.quantise import quantise_graphs
 from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.validation.latency import interleave, timing
@@ -47,12 +47,12 @@ def slice_times(shape: Shape, work: Path, threads: int, seconds: float) -> dict[
     compress(model, shape, slices.FLOPS, each=True)
     export_graphs(model, anatomy, work / "onnx")
     del model
+    quantise_graphs(work / "onnx", "fp32", WEIGHTS)
     found = {}
     for part, component, run in slices.PARTS:
         graphs = {"float": graph_file(component, "fp32"), WEIGHTS: graph_file(component, "q4")}
-        if not (work / "onnx" / graphs[WEIGHTS]).is_file():
-            quantise_graph(work / "onnx" / graphs["float"], work / "onnx" / graphs[WEIGHTS], WEIGHTS)
-            for name in graphs.values():
+        for name in graphs.values():
+            if not (work / "ort" / name).is_file():
                 build_engine(work / "onnx" / name, work / "ort" / name)
         sides = {side: run(OrtEngine.open(work / "ort" / name, threads), shape)[0] for side, name in graphs.items()}
         times = {side: timing(ms) for side, ms in interleave(sides, seconds=seconds, warmup_rounds=1).items()}
