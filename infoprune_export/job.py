@@ -17,6 +17,7 @@ from infoprune_export.launched import processes
 from infoprune_export.plans import Plan, Source, read_factors
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
+from infoprune_export.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +149,7 @@ class Job:
         own = recipe.origin is not None and recipe.origin not in packaged().values()
         self.scratch: Path | None = None  # where work goes that a run which was killed goes on from
         self.base = recipe.origin.parent if own else Path()  # a packaged recipe means the user's files, not the package's
+        self.stopwatch = Stopwatch()  # where the time of compressing goes
         self._held = ExitStack()
         self._temporary: TemporaryDirectory[str] | None = None
         if options.threads:
@@ -380,7 +382,14 @@ class Job:
         from infoprune_export.compress.evidence import passes
 
         with self.progress.bar("statistics", passes(self.recipe.criterion) * len(list(self.anatomy.layers()))) as advance:
-            return self.survey.take(self.original, self.anatomy, self.batches, seed=self.options.seed, progress=lambda layer: advance(1))
+            return self.survey.take(
+                self.original,
+                self.anatomy,
+                self.batches,
+                seed=self.options.seed,
+                progress=lambda layer: advance(1),
+                stopwatch=self.stopwatch,
+            )
 
     def decide(self) -> Plan:
         """The plan: the one given, or the one that the criterion and the budget make."""
@@ -481,7 +490,15 @@ class Job:
             _ = self.findings  # pass 2 goes on from pass 1, whoever made the plan
             with self.progress.bar("factors", len(layers_walked(plan))) as advance:
                 original, directory = self.__dict__.pop("original"), self._directory("pass2")
-                factors = make_factors(original, plan, self.batches, self.survey, progress=lambda _: advance(1), directory=directory)
+                factors = make_factors(
+                    original,
+                    plan,
+                    self.batches,
+                    self.survey,
+                    progress=lambda _: advance(1),
+                    directory=directory,
+                    stopwatch=self.stopwatch,
+                )
         plan = plan.model_copy()
         plan.factors = factors
         return plan

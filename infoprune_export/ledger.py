@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -67,13 +67,18 @@ class Ledger:
         self._seconds += time.monotonic() - begin
         self._disk = max(self._disk, tree_bytes(self._folder))
 
-    def close(self) -> Resources:
-        """What was taken until now, beside the prediction; what a run that was gone on from took before is not known."""
+    def close(self, parts: Mapping[str, float]) -> Resources:
+        """What was taken until now, beside the prediction; what a run that was gone on from took before is not known.
+
+        Args:
+            parts: Seconds of compressing by what they went into.
+        """
         self._stop()
         measured = (self._memory, self._disk, self._seconds) if self._whole else (None, None, None)
         predicted = (self.needs.memory, self.needs.disk, self.needs.seconds)
         memory, disk, seconds = (Estimate(predicted=p, measured=m) for p, m in zip(predicted, measured, strict=True))
-        return Resources(memory_bytes=memory, disk_bytes=disk, seconds=seconds)
+        rest = self._seconds - sum(parts.values())
+        return Resources(memory_bytes=memory, disk_bytes=disk, seconds=seconds, parts={**parts, "files": rest} if self._whole else {})
 
     def _stop(self) -> None:
         self._over.set()

@@ -89,7 +89,7 @@ def run(job: Job) -> tuple[Bundle, Report]:
             job.clear_spill()
         plan = job.adopt(Plan.read(root / "plan.json"))
         ledger.stage(space, "graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
-        resources = ledger.close()
+        resources = ledger.close(job.stopwatch.seconds)
         space.stage("reference", lambda: _reference(job, root, progress))
         if recipe.weights:
             space.stage("weights", lambda: _quantise(recipe, root, dtypes, progress))

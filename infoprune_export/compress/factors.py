@@ -32,6 +32,7 @@ from infoprune_export.models.anatomy import Layer, site
 from infoprune_export.models.streamed import at_hand
 from infoprune_export.plans import Factors, Plan
 from infoprune_export.recipe import WeightingName
+from infoprune_export.stopwatch import Stopwatch
 from infoprune_export.tensors import TensorFile, described, write_tensors
 
 
@@ -51,6 +52,7 @@ def make_factors(
     *,
     progress: Callable[[str], None] | None = None,
     directory: Path | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Factors:
     """Makes the factors of a plan; a model whose weights are in memory is compressed on the way.
 
@@ -62,15 +64,18 @@ def make_factors(
         progress: Called with a layer's name when it is done.
         directory: For hidden states and the factors of every layer as they are made, of a model that is laid out: an earlier run
             that was killed is gone on from. Temporary, with all factors in memory, when None.
+        stopwatch: Gets what running the calibration data takes (`calibration`), and all else (`algebra`).
 
     Returns:
         The contents of factors.safetensors, by name; those in `directory` stay there.
     """
+    stopwatch = stopwatch or Stopwatch()
     with ExitStack() as until:
+        until.enter_context(stopwatch.measuring("algebra"))
         states = Spill(directory or Path(until.enter_context(tempfile.TemporaryDirectory(prefix="infoprune-"))))
         stage = Stage(model, plan.anatomy, batches, states, "prefix")
         tokens = TokenWeights(plan.criterion.text_share, model.config.image_token_id)
-        source = _Prefix(stage, model, tokens) if plan.criterion.recalibrate else _OneShot(stats)
+        source = _Prefix(stage, model, tokens, stopwatch) if plan.criterion.recalibrate else _OneShot(stats)
         factors: dict[str, np.ndarray] = {}
         for layer in layers_walked(plan):
             source.reach(layer)
@@ -172,11 +177,13 @@ class _Prefix:
     stage: Stage
     model: nn.Module
     tokens: TokenWeights
+    stopwatch: Stopwatch
 
     def reach(self, layer: Layer) -> None:
         """Enters a layer's tower, if that has not been done."""
         if layer.tower not in self.stage.calls:
-            self.stage.enter(self.stage.anatomy.tower(layer.tower))
+            with self.stopwatch.measuring("calibration"):
+                self.stage.enter(self.stage.anatomy.tower(layer.tower))
 
     def passed(self, layer: Layer) -> bool:
         return self.stage.passed(layer)
@@ -196,8 +203,9 @@ class _Prefix:
 
     def advance(self, layer: Layer, module: nn.Module) -> None:
         """Takes the batches through a layer."""
-        self.stage.put_behind(layer, self.stage.through(layer, module))
-        self.stage.drop(layer)
+        with self.stopwatch.measuring("calibration"):
+            self.stage.put_behind(layer, self.stage.through(layer, module))
+            self.stage.drop(layer)
 
     def _watch(self, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
         """Runs a layer as far as one map inside it, with a forward hook there."""
@@ -207,11 +215,10 @@ class _Prefix:
             raise Reached  # what the layer does after this map is not needed here
 
         handle = self.model.get_submodule(path).register_forward_hook(take)
-        try:
-            module = self.model.get_submodule(layer.path)
+        module = self.model.get_submodule(layer.path)
+        with self.stopwatch.measuring("calibration"), ExitStack() as until:
+            until.callback(handle.remove)
             for n, call in self.stage.calls[layer.tower].items():
                 self.tokens.start(call.batch.inputs["input_ids"])
                 with suppress(Reached):
                     call.through(module, self.stage.state(layer, n))
-        finally:
-            handle.remove()

@@ -23,6 +23,7 @@ from infoprune_export.compress.statistics import Batch, Statistics, no_gradient
 from infoprune_export.models.anatomy import Anatomy, Layer, site
 from infoprune_export.models.streamed import at_hand
 from infoprune_export.recipe import Criterion
+from infoprune_export.stopwatch import Stopwatch
 from infoprune_export.tensors import TensorFile, described, write_tensors
 
 
@@ -100,20 +101,27 @@ class Survey:
         *,
         seed: int = 0,
         progress: Callable[[Layer], None] = lambda layer: None,
+        stopwatch: Stopwatch | None = None,
     ) -> Findings:
         """Takes pass 1; see `evidence.gather_for` for arguments and errors.
+
+        Args:
+            stopwatch: Gets what running the calibration data takes (`calibration`), and what looking at moments takes (`algebra`).
 
         Returns:
             What was found of every layer.
         """
         self.samples = sum(b.samples for b in batches)
+        measuring = (stopwatch or Stopwatch()).measuring
 
         def finish(layer: Layer, stats: Statistics) -> None:
-            self._keep(layer, look(layer, model, stats, self.criterion, seed), stats)
+            with measuring("algebra"):
+                self._keep(layer, look(layer, model, stats, self.criterion, seed), stats)
 
-        gather_for(
-            self.criterion, model, anatomy, batches, seed=seed, progress=progress, finish=finish, directory=self.directory / "states"
-        )
+        with measuring("calibration"):
+            gather_for(
+                self.criterion, model, anatomy, batches, seed=seed, progress=progress, finish=finish, directory=self.directory / "states"
+            )
         found = {(layer.tower, layer.index): self._found(layer) for layer in anatomy.layers()}
         if needs_gradients(self.criterion) and not any(x.felt for x in found.values()):
             raise no_gradient()

@@ -171,6 +171,9 @@ class Resources(_Record):
     memory_bytes: Estimate = Field(description="peak of memory that no file lies behind")
     disk_bytes: Estimate = Field(description="peak of the work folder")
     seconds: Estimate
+    parts: dict[str, float] = Field(
+        {}, description="of the seconds measured: calibration (running the data), algebra, files (reading, writing, tracing)"
+    )
 
 
 class Report(_Record):
