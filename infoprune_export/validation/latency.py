@@ -153,7 +153,8 @@ class _DecodeSteps:
     @cached_property
     def start(self) -> tuple[np.ndarray, Cache]:
         """The first token, and the prompt's cache."""
-        logits, cache = self.session.prefill(*self.prompt)
+        embeds, mask = self.prompt
+        logits, cache = self.session.prefill(embeds, mask, mask.shape[1] + self.steps)
         return logits.argmax(-1), cache
 
     def __call__(self) -> float:
