@@ -20,6 +20,8 @@ CAPACITY = "capacity"
 _DOMAIN = "com.microsoft"
 _KERNELS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 """Types that GroupQueryAttention has on the CPU."""
+_HEAD_STEP = 8
+"""Its heads' widths are multiples of this."""
 _SWAP = [0, 2, 1, 3]
 
 
@@ -36,7 +38,7 @@ def share_cache(model: onnx.ModelProto) -> int:
     caches = {x.name: x for x in graph.input if x.name.startswith("past_key_values.")}
     rewriter = _Rewriter(graph)
     found = [a for node in graph.node if (a := rewriter.attention(node, caches)) is not None]
-    if not found or 2 * len(found) != len(caches) or any(x.type.tensor_type.elem_type not in _KERNELS for x in caches.values()):
+    if not found or 2 * len(found) != len(caches) or any(a.kind not in _KERNELS or a.head_dim % _HEAD_STEP for a in found):
         return 0
     rewriter.replace(found)
     for value in (*graph.input, *graph.output):
