@@ -64,7 +64,7 @@ class CacheBuffers(ABC):
         return logits, self._steps[-1]
 
     def larger(self, tokens: int, capacity: int) -> CacheBuffers:
-        """Buffers of another capacity, with what these hold of so many tokens."""
+        """Buffers of their own, of another capacity, with what these hold of so many tokens."""
         new = self._copy(tokens, capacity)
         new._steps = list(self._steps)
         return new
