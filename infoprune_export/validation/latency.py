@@ -80,10 +80,11 @@ def random_inputs(anatomy: Anatomy, workload: Workload, image_token_id: int | No
 def timing(milliseconds: Sequence[float]) -> Timing:
     """Order statistics of samples; percentiles interpolate linearly between neighbours."""
     values = np.asarray(milliseconds, np.float64)
-    median, p90, p99 = np.percentile(values, [50, 90, 99])
+    median, p90, p95, p99 = np.percentile(values, [50, 90, 95, 99])
     return Timing(
         median_ms=float(median),
         p90_ms=float(p90),
+        p95_ms=float(p95),
         p99_ms=float(p99),
         mean_ms=float(values.mean()),
         min_ms=float(values.min()),

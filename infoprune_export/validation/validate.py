@@ -16,6 +16,7 @@ from infoprune_export.recipe import DataSource, Dtype, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import EngineName, Session
 from infoprune_export.validation import accuracy, latency, numerics, tasks
+from infoprune_export.validation.affinity import allowed
 from infoprune_export.validation.baseline import Baseline, find_baseline
 from infoprune_export.validation.generation import dtype_of, limits_of
 from infoprune_export.validation.overflow import first_overflow
@@ -245,6 +246,7 @@ class Run:
                 workload=workload,
                 seconds_per_part=seconds,
                 warmup_rounds=latency.WARMUP_ROUNDS,
+                cpus=allowed(),
                 load_average=load,
             )
             for part in PARTS:
