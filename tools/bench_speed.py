@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS, QUICK_LAYERS = 4, 1
 SECTIONS = ("llava7b", "tiny", "smol", "frameworks", "dense", "dense7b", "decode", "export")
 QUICK = ("llava7b", "tiny", "dense", "decode", "export")
-SMOL = ROOT / "build" / "smol-llava-model"
 TINY = ROOT / "infoprune_export" / "models" / "tiny_llava"
 SCALARS = (
     ("frameworks", "smol.end_to_end", ("over_torch", "over_torch_compile")),
@@ -167,8 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
             if name in args.only:
                 run.section(name, lambda name=name: bundles.measure(f"{name}-llava", work, args.threads, args.seconds))
         if "frameworks" in args.only:
-            made = lambda: bundles.make("smol-llava", work, args.threads)
-            run.section("frameworks", lambda: frameworks.measure(made(), SMOL, args.threads, args.seconds))
+            run.section("frameworks", lambda: frameworks.measure("smol-llava", work / "frameworks", args.threads, args.seconds))
             if reason := run.found.get("frameworks", {}).get("not_measured"):
                 run.skip("frameworks.torch_compile", reason)
         for shape in (genai.DENSE, genai.DENSE_7B):

@@ -12,7 +12,7 @@ FLOPS = "0.33"
 
 
 def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Times a bundle through the command line.
+    """Makes a bundle without training, which does not change its speed, and times it through the command line.
 
     Args:
         recipe: Name of the recipe.
@@ -26,20 +26,10 @@ def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, 
     Raises:
         RuntimeError: with the end of what the command said.
     """
-    out = make(recipe, work, threads)
-    return json.loads(_command("bench", out, "--engine", "ort", "--threads", threads, "--seconds", seconds, "--json"))
-
-
-def make(recipe: str, work: Path, threads: int) -> Path:
-    """A bundle, without training, which does not change its speed; once for all sections.
-
-    Raises:
-        RuntimeError: with the end of what the command said.
-    """
     out = work / recipe
     if not out.is_dir():
         _command(recipe, "--flops", FLOPS, "--target", "ort", "--out", out, "--threads", threads)
-    return out
+    return json.loads(_command("bench", out, "--engine", "ort", "--threads", threads, "--seconds", seconds, "--json"))
 
 
 def _command(*arguments: object) -> str:

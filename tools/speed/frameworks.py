@@ -9,18 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from infoprune_export.bundle import Bundle
+from infoprune_export.engines.onnxruntime import OrtEngine
+from infoprune_export.engines.onnxruntime import build as build_engine
+from infoprune_export.graph.export import export_graphs
 from infoprune_export.graph.reference import greedy
+from infoprune_export.models.families import find_anatomy
+from infoprune_export.models.load import locate
+from infoprune_export.recipe import packaged, read
+from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import Session
 from infoprune_export.validation.latency import Inputs, interleave, random_inputs, timed, timing
 
 
-def measure(bundle_dir: Path, checkpoint: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Times of one request of the bundle's workload, in turn.
+def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, Any]:
+    """Times of one request of a recipe's workload, in turn.
 
     Args:
-        bundle_dir: A bundle with its original.
-        checkpoint: That original.
+        recipe: Name of one whose model is on this machine.
+        work: For graphs and engines.
         threads: Of ONNX Runtime and of PyTorch.
         seconds: For all together, compilation not included.
 
@@ -29,15 +35,17 @@ def measure(bundle_dir: Path, checkpoint: Path, threads: int, seconds: float) ->
         gave, and `not_measured` with the reason where PyTorch does not compile here.
 
     Raises:
+        InputError: the model is missing; says how to make it.
         RuntimeError: the sides give different tokens.
     """
-    from transformers import LlavaForConditionalGeneration
-
-    bundle = Bundle.open(bundle_dir)
-    session = Session.open(bundle, original=True, threads=threads)
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval().requires_grad_(False)
-    workload = bundle.manifest.workload
-    inputs = random_inputs(bundle.plan().anatomy, workload, session.config.image_token_id)
+    source = read(packaged()[recipe])
+    workload, located = source.workload, locate(source.model, prepare=source.prepare)
+    model = located.load_model()
+    anatomy = find_anatomy(model)
+    graphs = export_graphs(model, anatomy, work / "onnx")
+    engines = {name: OrtEngine.open(build_engine(path, work / "ort" / path.name), threads) for name, path in graphs.items()}
+    session = Session(engines, ModelConfig.from_directory(located.directory))
+    inputs = random_inputs(anatomy, workload, session.config.image_token_id)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
