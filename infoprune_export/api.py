@@ -26,7 +26,6 @@ from infoprune_export.progress import Progress
 from infoprune_export.recipe import Dtype, Scope, TargetName
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel, ProcessorMixin
 
     from infoprune_export.models.load import SourceModel
@@ -213,9 +212,10 @@ class _InMemory(Job):
         model.config.save_pretrained(directory)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(directory)
-        from infoprune_export.compress.network import save_weights
+        from safetensors.torch import save_model
 
-        save_weights(model, directory / "model.safetensors")
+        # A compressed network under the name of a checkpoint: nothing reads it as one, since original and factors are not asked for.
+        save_model(model, directory / "model.safetensors")
         recipe = resolve(
             str(directory), {"targets": targets, "dtype": dtype, "flops": self.plan.budget.requested, "scope": self.plan.budget.scope}
         )
@@ -230,5 +230,10 @@ class _InMemory(Job):
     def decide(self) -> Plan:
         return self.plan
 
-    def factors(self, plan: Plan) -> tuple[Plan, nn.Module]:
-        return plan, self.small
+    def factors(self, plan: Plan) -> Plan:
+        return plan
+
+    def write_network(self, plan: Plan, root: Path) -> None:
+        from infoprune_export.compress.network import save_weights
+
+        save_weights(self.small, root)

@@ -24,16 +24,14 @@ def to_model(recipe: Recipe, options: Options, progress: Progress | None = None)
     Raises:
         InputError: the plan is another model's, or the output directory is in use.
     """
-    from infoprune_export.compress.network import save_weights
-
     require_export()
     out = options.out
     _check_empty(out)
     job = Job(recipe, options, progress)
-    plan, model = job.factors(job.decide())
+    plan = job.factors(job.decide())
     plan.save(out)
     copy_processor_files(job.checkpoint.directory, out)
-    save_weights(model, out / "model" / "model.safetensors")
+    job.write_network(plan, out)
 
 
 def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:

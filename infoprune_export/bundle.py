@@ -6,7 +6,6 @@ what was written: `Bundle.open` checks every hash and refuses any path that leav
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from infoprune_export.errors import InputError
+from infoprune_export.hashes import file_sha256
 from infoprune_export.plans import Plan, Source
 from infoprune_export.recipe import Dtype, Recipe, Scope, TargetName, Workload, first_problem
 
@@ -63,18 +63,6 @@ class Manifest(_Strict):
 def graph_file(component: str, dtype: Dtype = "fp32") -> str:
     """File name of a component's graph: `decoder_model_merged.onnx`, `..._fp16.onnx`."""
     return f"{component}.onnx" if dtype == "fp32" else f"{component}_{dtype}.onnx"
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
-
-
-def _sha256(f) -> str:
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def inside(root: Path, relative: str, where: object) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from infoprune_export.compress.findings import Findings, Survey
     from infoprune_export.compress.packing import Row
-    from infoprune_export.compress.statistics import Batch, Statistics
+    from infoprune_export.compress.statistics import Batch
     from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.models.load import SourceModel
     from infoprune_export.timetable import TimeTable
@@ -119,8 +121,9 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
         self.recipe, self.options, self.progress = recipe, options, progress or Silent()
         own = recipe.origin is not None and recipe.origin not in packaged().values()
-        self.scratch: Path | None = None  # where training leaves its checkpoints
+        self.scratch: Path | None = None  # where work goes that a run which was killed goes on from
         self.base = recipe.origin.parent if own else Path()  # a packaged recipe means the user's files, not the package's
+        self._temporary: TemporaryDirectory[str] | None = None
         if options.threads:
             import torch
 
@@ -136,19 +139,19 @@ class Job:
     def device(self) -> torch.device:
         from infoprune_export.compress.devices import device_with_room
 
-        networks = 2 if self.recipe.train_steps else 1  # training has the original beside the compressed one
-        needed = round(networks * 1.2 * 4 * self.checkpoint.parameters)  # float32, and room for moments and activations
+        # Training has original and compressed network there, in float32, with room for moments and activations; all else has a layer.
+        needed = round(2 * 1.2 * 4 * self.checkpoint.parameters) if self.recipe.train_steps else 0
         return device_with_room(self.options.device, needed, self.progress.note)
 
     @cached_property
     def original(self) -> nn.Module:
-        with self.progress.step("loading the model"):
-            return self.checkpoint.load_model().to(self.device)
+        """The original laid out: a layer has its weights when they are at hand. `factors` uses it up."""
+        return self.checkpoint.open_model(self.device)
 
-    def fresh_original(self) -> nn.Module:
-        """The original loaded once more: `factors` uses it up."""
-        self.__dict__.pop("original", None)
-        return self.original
+    def whole_original(self) -> nn.Module:
+        """The original with all its weights in memory, as training needs it."""
+        with self.progress.step("loading the model"):
+            return self.checkpoint.load_model(self.device)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -159,7 +162,7 @@ class Job:
     def adopt(self, plan: Plan) -> Plan:
         """Goes on with a plan that was made; what was needed to make it is let go."""
         self.__dict__ |= {"anatomy": plan.anatomy, "workload": plan.workload}
-        for used in ("original", "statistics", "batches", "training_rows"):
+        for used in ("original", "survey", "findings", "batches", "training_rows"):
             self.__dict__.pop(used, None)
         return plan
 
@@ -276,14 +279,25 @@ class Job:
         return self.prompts.encode_answer(question.answers[0]) if question.answers else np.empty(0, np.int64)
 
     @cached_property
-    def statistics(self) -> Statistics:
-        from infoprune_export.compress.evidence import gather_for, passes
+    def survey(self) -> Survey:
+        """Pass 1 on disk: beside the bundle where there is one to be, else for as long as this job lives."""
+        from infoprune_export.compress.findings import Survey
 
-        criterion = self.recipe.criterion
-        with self.progress.bar("statistics", passes(criterion) * len(list(self.anatomy.layers()))) as advance:
-            return gather_for(
-                criterion, self.original, self.anatomy, self.batches, seed=self.options.seed, progress=lambda layer: advance(1)
-            )
+        return Survey(self._directory("pass1"), self.recipe.criterion)
+
+    def _directory(self, name: str) -> Path:
+        if self.scratch is not None:
+            return self.scratch / name
+        if self._temporary is None:
+            self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
+        return Path(self._temporary.name) / name
+
+    @cached_property
+    def findings(self) -> Findings:
+        from infoprune_export.compress.evidence import passes
+
+        with self.progress.bar("statistics", passes(self.recipe.criterion) * len(list(self.anatomy.layers()))) as advance:
+            return self.survey.take(self.original, self.anatomy, self.batches, seed=self.options.seed, progress=lambda layer: advance(1))
 
     def decide(self) -> Plan:
         """The plan: the one given, or the one that the criterion and the budget make."""
@@ -302,7 +316,7 @@ class Job:
         if recipe.kept == 1:
             return keep_everything(self.anatomy, **common)
         if recipe.latency is not None:
-            _ = self.timed  # before the statistics take time and memory
+            _ = self.timed  # before pass 1 takes its time
         plan = self._within_budget(**common)
         steps = round(recipe.recovery.head_share * recipe.train_steps)
         if not steps:
@@ -312,8 +326,8 @@ class Job:
 
         learned = learn_heads_of(
             plan,
-            self.original,
-            self.statistics,
+            self.whole_original(),
+            self.findings,
             self.training_rows,
             steps=steps,
             directory=self.scratch,
@@ -329,7 +343,7 @@ class Job:
         from infoprune_export.compress.decide import decide
 
         if self.recipe.latency is None:
-            return decide(self.original, self.anatomy, self.statistics, flops=self.recipe.flops, **choices)
+            return decide(self.findings, self.anatomy, flops=self.recipe.flops, **choices)
         from infoprune_export.validation.latency_budget import meet_latency
 
         setting, table = self.timed
@@ -337,7 +351,7 @@ class Job:
             setting,
             table,
             self.recipe.latency,
-            lambda asked: decide(self.original, self.anatomy, self.statistics, latency=asked, table=table, **choices),
+            lambda asked: decide(self.findings, self.anatomy, latency=asked, table=table, **choices),
             notify=self.progress.note,
         )
 
@@ -369,30 +383,40 @@ class Job:
         recipe = self.recipe
         return self.rows(recipe.training or recipe.calibration, most=recipe.train_steps * recipe.recovery.batch)
 
-    def factors(self, plan: Plan) -> tuple[Plan, nn.Module]:
-        """The plan with its factors (those beside a given plan, or new ones), and the smaller model.
-
-        The original is used up.
-        """
+    def factors(self, plan: Plan) -> Plan:
+        """The plan with its factors: those beside a given plan, or new ones. The original is used up where they are new."""
         from infoprune_export.compress.factors import layers_walked, make_factors
-        from infoprune_export.compress.surgery import apply_plan
 
         if self.options.plan and plan.training and plan.training.steps and not plan.factors_sha256:
             self.progress.note(f"the plan's factors were trained ({plan.training.steps} steps) and are not here: making training-free ones")
             plan = plan.model_copy(update={"training": None})
         if self.options.plan and plan.factors_sha256:
             factors = read_factors(self.options.plan.with_name("factors.safetensors"), plan.factors_sha256)
-            apply_plan(self.original, plan, factors)
         elif plan.is_identity:
             factors = {}
         else:
-            statistics = self.statistics
-            walked = sum(len(layers_walked(plan, tower)) for tower in (plan.anatomy.vision, plan.anatomy.language))
-            with self.progress.bar("factors", walked) as advance:
-                factors = make_factors(self.original, plan, self.batches, statistics, progress=lambda _: advance(1))
+            _ = self.findings  # pass 2 goes on from pass 1, whoever made the plan
+            with self.progress.bar("factors", len(layers_walked(plan))) as advance:
+                original, directory = self.__dict__.pop("original"), self._directory("pass2")
+                factors = make_factors(original, plan, self.batches, self.survey, progress=lambda _: advance(1), directory=directory)
         plan = plan.model_copy()
         plan.factors = factors
-        return plan, self.original
+        return plan
+
+    def write_network(self, plan: Plan, root: Path) -> None:
+        """Writes the weights of the network that a plan with its factors makes of the original."""
+        from infoprune_export.compress.network import save_compressed
+
+        with self.progress.step("writing the smaller network"):
+            save_compressed(self.__dict__.pop("original", None) or self.checkpoint.open_model(), plan, plan.factors or {}, root)
+
+    def compressed(self, plan: Plan) -> nn.Module:
+        """The network that a plan with its factors makes of the original, in memory."""
+        from infoprune_export.compress.surgery import apply_plan
+
+        model = self.whole_original()
+        apply_plan(model, plan, plan.factors or {})
+        return model
 
     def check_training(self) -> None:
         """Refuses early what training will ask for and this machine lacks.
@@ -415,8 +439,8 @@ class Job:
     def make_plan(self) -> Plan:
         """The plan with its factors, trained where the recipe says so."""
         self.check_training()
-        plan, model = self.factors(self.decide())
-        return self.recover(plan, model) if self.recipe.train_steps else plan
+        plan = self.factors(self.decide())
+        return self.recover(plan, self.compressed(plan)) if self.recipe.train_steps else plan
 
     def recover(self, plan: Plan, model: nn.Module) -> Plan:
         """Trains the smaller model, in place, on the original's answers; gives the plan with what it learned as factors."""
@@ -426,7 +450,7 @@ class Job:
         if plan.is_identity:
             self.progress.note("nothing was removed, so there is nothing to train")
             return plan
-        original = self.fresh_original()
+        original = self.whole_original()
         validation = self.rows(recipe.validation) if recipe.validation else []
         if recipe.validation and not validation:
             self.progress.note("no validation question is left: the state after the last step is kept")

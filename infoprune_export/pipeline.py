@@ -34,7 +34,9 @@ ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
 TRAINING_ADVISED = 0.5
 """Budgets below this one lose accuracy that only training wins back."""
-REFERENCE_PROMPTS = 128
+REFERENCE_PROMPTS, LEAST_REFERENCE_PROMPTS = 128, 2
+REFERENCE_FLOPS = 2 * 10**13
+"""Of all reference prompts together, some minutes on two cores; a large network answers fewer."""
 REFERENCE_IMAGES = 32
 
 
@@ -95,24 +97,22 @@ def run(job: Job) -> tuple[Bundle, Report]:
 
 def _compress(job: Job, root: Path) -> None:
     """Plan, factors and the smaller model's weights, with the files a processor is read from."""
-    plan, model = job.factors(job.decide())
-    _write_network(job, plan, model, root)
-
-
-def _write_network(job: Job, plan: Plan, model: nn.Module, root: Path) -> None:
-    from infoprune_export.compress.network import save_weights
-
-    shutil.rmtree(root / "model", ignore_errors=True)
+    plan = job.factors(job.decide())
     plan.save(root)
     copy_processor_files(job.checkpoint.directory, root)
-    save_weights(model, root / "model" / "model.safetensors")
+    job.write_network(plan, root)
 
 
 def _train(job: Job, untrained: Path, root: Path) -> None:
     """Trains the smaller model; what it learns goes into the factors."""
+    from infoprune_export.compress.network import save_weights
+
     model = _untrained(job, untrained)
     announce(untrained, "train")
-    _write_network(job, job.recover(Plan.load(untrained), model), model, root)
+    plan = job.recover(Plan.load(untrained), model)
+    plan.save(root)
+    copy_processor_files(job.checkpoint.directory, root)
+    save_weights(model, root)
 
 
 def _untrained(job: Job, directory: Path) -> nn.Module:
@@ -138,7 +138,9 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
     from infoprune_export.validation.reference import ReferencePrompt
 
     data = list(job.recipe.evaluation.values()) or job.recipe.calibration or [DataSource(path="tiny:vqa")]
-    questions = job.questions([s.model_copy(update={"samples": None}) for s in data], REFERENCE_PROMPTS)
+    affordable = REFERENCE_FLOPS // count(job.anatomy, job.workload, Plan.read(root / "plan.json")).over("all")
+    prompts = min(REFERENCE_PROMPTS, max(LEAST_REFERENCE_PROMPTS, affordable))
+    questions = job.questions([s.model_copy(update={"samples": None}) for s in data], prompts)
     distinct = list(dict.fromkeys(q.image for q in questions))[:REFERENCE_IMAGES]
     row = {image: i for i, image in enumerate(distinct)}
     # Questions about an image past the limit are asked about another one: any image will do to compare two runtimes.
@@ -159,7 +161,7 @@ def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, prog
 
     Both routes give the same network; the first costs one trace for each type instead of two.
     """
-    from infoprune_export.compress.network import load_network
+    from infoprune_export.compress.network import open_network
     from infoprune_export.graph.export import export_graphs
     from infoprune_export.graph.rewrite import rewrite_graphs
 
@@ -167,13 +169,13 @@ def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, prog
     for folder in ("onnx", "original"):
         shutil.rmtree(root / folder, ignore_errors=True)
     if not keep_original:
-        small = load_network(root)
+        small = open_network(root)
         for dtype in dtypes:
             with progress.step(f"exporting the compressed network ({dtype})"):
                 export_graphs(small, plan.anatomy, root / "onnx", dtype)
         return
     job.checkpoint.check_unchanged()
-    original = job.checkpoint.load_model()
+    original = job.checkpoint.open_model()
     for dtype in dtypes:
         with progress.step(f"exporting the original network ({dtype})"):
             export_graphs(original, plan.anatomy, root / "original" / "onnx", dtype)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infoprune_export.errors import InputError
+from infoprune_export.hashes import file_sha256
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, Linear, TowerName, site
 from infoprune_export.recipe import Criterion, Scope, Workload, first_problem
+from infoprune_export.tensors import TensorFile, described, encoded, write_tensors
 
 SCHEMA_VERSION = 1
 
-Factors = dict[str, np.ndarray]
+Factors = Mapping[str, np.ndarray]
 """Contents of factors.safetensors: tensor name to float32 array."""
 
 
@@ -180,14 +183,14 @@ class Plan(_Strict):
     @factors.setter
     def factors(self, factors: Factors) -> None:
         self._factors = factors
-        self.factors_sha256 = hashlib.sha256(factor_bytes(factors)).hexdigest()
+        self.factors_sha256 = factors_sha256(factors)
 
     def save(self, directory: Path | str) -> None:
         """Writes plan.json and, where they are at hand, factors.safetensors."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if self._factors is not None:
-            (directory / "factors.safetensors").write_bytes(factor_bytes(self._factors))
+            write_tensors(directory / "factors.safetensors", described(self._factors), self._factors.items())
         (directory / "plan.json").write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
@@ -259,35 +262,28 @@ def projector_key(index: int) -> str:
     return f"projector.{index}"
 
 
-def factor_bytes(factors: Factors) -> bytes:
-    """The contents of factors.safetensors; the same factors give the same bytes."""
-    from safetensors.numpy import save
-
-    return save(factors)
+def factors_sha256(factors: Factors) -> str:
+    """Hash of the factors.safetensors that factors make."""
+    digest = hashlib.sha256()
+    for piece in encoded(described(factors), factors.items()):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_factors(path: Path, sha256: str) -> Factors:
-    """Factors that belong to a plan.
+    """Factors that belong to a plan; they stay in their file, which is read as they are looked at.
 
     Raises:
         InputError: missing, damaged, or of another plan.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
+    mend = "set factors_sha256 to null so that new ones are made"
     try:
-        data = path.read_bytes()
-        found = hashlib.sha256(data).hexdigest()
-        factors = load(data)
-    except (OSError, SafetensorError) as e:
-        raise InputError(
-            f"cannot be read ({e})", where=path, mend="keep it beside plan.json, or set factors_sha256 to null so that new ones are made"
-        ) from None
+        found = file_sha256(path)
+    except OSError as e:
+        raise InputError(f"cannot be read ({e.strerror})", where=path, mend=f"keep it beside plan.json, or {mend}") from None
     if found != sha256:
-        raise InputError(
-            "is not the file this plan was saved with", where=path, mend="set factors_sha256 to null so that new ones are made"
-        )
-    return factors
+        raise InputError("is not the file this plan was saved with", where=path, mend=mend)
+    return TensorFile(path)
 
 
 def _check_kept(where: str, kept: list[int], of: int) -> None:

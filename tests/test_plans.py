@@ -8,8 +8,9 @@ from networks import build
 from infoprune_export.compress.decide import keep_everything
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
-from infoprune_export.plans import Plan, Source, factor_bytes, read_factors
+from infoprune_export.plans import Plan, Source, factors_sha256, read_factors
 from infoprune_export.recipe import Criterion, Workload
+from infoprune_export.tensors import described, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +72,17 @@ def test_not_json_names_the_line():
 
 
 def test_factors_are_checked_against_the_plan(tmp_path):
-    import hashlib
-
     import numpy as np
 
-    data = factor_bytes({"a": np.ones(3, np.float32)})
-    path = tmp_path / "factors.safetensors"
-    path.write_bytes(data)
-    good = hashlib.sha256(data).hexdigest()
+    factors, path = {"a": np.ones(3, np.float32)}, tmp_path / "factors.safetensors"
+    write_tensors(path, described(factors), factors.items())
+    good = factors_sha256(factors)
     assert read_factors(path, good)["a"].sum() == 3
     with pytest.raises(InputError, match="is not the file this plan was saved with"):
         read_factors(path, "0" * 64)
-    path.write_bytes(data[:-2])
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError, match="is not the file this plan was saved with"):
+        read_factors(path, good)
+    path.unlink()
     with pytest.raises(InputError, match="cannot be read"):
         read_factors(path, good)

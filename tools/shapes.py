@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from infoprune_export.compress.decide import decide
+from infoprune_export.compress.findings import look_at_all
 from infoprune_export.compress.moments import Moments
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.compress.surgery import shape_as_planned
@@ -100,12 +101,12 @@ def compress(model: nn.Module, shape: Shape, flops: float, *, each: bool = False
 
 
 def _even_plan(model: nn.Module, anatomy: Anatomy, shape: Shape, flops: float, scope: Scope) -> Plan:
+    criterion = Criterion(heads="random", weighting="none", allocation="uniform", compensate="none", rank_multiple=shape.rank_multiple)
     return decide(
-        model,
+        look_at_all(model, anatomy, _nothing_seen(anatomy), criterion),
         anatomy,
-        _nothing_seen(anatomy),
         source=Source(id=f"random weights, {shape.name}", sha256="0" * 64),
-        criterion=Criterion(heads="random", weighting="none", allocation="uniform", compensate="none", rank_multiple=shape.rank_multiple),
+        criterion=criterion,
         workload=Workload(
             image_tokens=anatomy.geometry.image_tokens, text_tokens=max(1, shape.prompt - anatomy.geometry.image_tokens), new_tokens=16
         ),

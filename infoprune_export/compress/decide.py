@@ -1,12 +1,9 @@
-"""From statistics to a plan: score every unit and every spectrum, then spend the budget."""
+"""From what pass 1 found to a plan: every unit and every singular value competes for the budget."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import numpy as np
-from torch import nn
 
 from infoprune_export.compress.allocate import (
     LayerKey,
@@ -18,13 +15,13 @@ from infoprune_export.compress.allocate import (
     by_layer,
     check_reachable,
 )
-from infoprune_export.compress.lowrank import seen_before, spectrum, weighting
+from infoprune_export.compress.evidence import needs_gradients
+from infoprune_export.compress.findings import Findings
 from infoprune_export.compress.prices import Flops, Nanoseconds, Prices
-from infoprune_export.compress.scores import HEAD_RULES, Evidence
+from infoprune_export.compress.scores import HEAD_RULES
 from infoprune_export.compress.shares import d_rank, keep_share, proportional, rank_within_layers, uniform
-from infoprune_export.compress.statistics import Statistics
 from infoprune_export.errors import InputError
-from infoprune_export.models.anatomy import TOWERS, Anatomy, Layer, site
+from infoprune_export.models.anatomy import TOWERS, Anatomy, Layer
 from infoprune_export.models.flops import count, linear_macs, tower_passes
 from infoprune_export.plans import Budget, LatencyBudget, LayerPlan, Plan, Source
 from infoprune_export.recipe import Criterion, Floor, Scope, Workload
@@ -34,9 +31,8 @@ RankKey = tuple[str, int, str]
 
 
 def decide(
-    model: nn.Module,
+    findings: Findings,
     anatomy: Anatomy,
-    stats: Statistics,
     *,
     source: Source,
     criterion: Criterion,
@@ -51,9 +47,8 @@ def decide(
     """Decides what is kept of every layer.
 
     Args:
-        model: The original.
-        anatomy: Of that model.
-        stats: Pass 1 on it, with what the criterion needs (see `evidence.gather_for`).
+        findings: Of pass 1, by the same criterion.
+        anatomy: Of the original.
         source: Recorded in the plan.
         criterion: How to score and to allocate.
         workload: What the FLOPs are counted for.
@@ -61,7 +56,7 @@ def decide(
         latency: Instead of FLOPs, fraction kept of the time of the original's whole request, 0 < latency < 1, by `table`.
         table: Measured times.
         scope: What the fraction of FLOPs is of, and what may be cut.
-        seed: Recorded in the plan, and for the head rule that draws.
+        seed: Recorded in the plan.
         heads: (tower, layer) to the KV groups that stay, where they were chosen already; only ranks are decided then,
             and layers that are not named keep all.
 
@@ -69,10 +64,10 @@ def decide(
         InputError: the budget is below what can be reached, or the calibration data say nothing about a tower.
     """
     cut = [x for x in anatomy.layers() if scope in ("all", x.tower)]
-    _check_seen(cut, stats, criterion)
+    _check_seen(cut, findings, criterion)
     prices = Flops(anatomy, workload) if table is None else Nanoseconds(table)
-    units = score_units(model, cut, anatomy, stats, criterion, prices, seed, scored=heads is None)
-    ranks = _ranks(model, cut, anatomy, stats, criterion, workload, prices)
+    units = units_of(findings, cut, criterion, prices)
+    ranks = _ranks(findings, cut, anatomy, criterion, workload, prices)
     original = prices.whole(scope)
     fixed = original - sum(u.cost for u in units) - sum(r.cost(None) for r in ranks)
     budget = int((latency or flops) * original)
@@ -132,45 +127,28 @@ def _apart(
     return by_layer(kept), rank_of
 
 
-def score_units(
-    model: nn.Module,
-    cut: list[Layer],
-    anatomy: Anatomy,
-    stats: Statistics,
-    criterion: Criterion,
-    prices: Prices,
-    seed: int,
-    *,
-    scored: bool,
-) -> list[UnitChoice]:
+def units_of(findings: Findings, cut: list[Layer], criterion: Criterion, prices: Prices) -> list[UnitChoice]:
     """Every unit of the layers that may be cut, valued so that the larger is to be kept first."""
-    rule = HEAD_RULES[criterion.heads]
-    evidence = Evidence(model, stats, seed, criterion.erank_weight)
     units = []
     for layer in cut:
-        scores = rule.score(layer, evidence) if scored else [0.0] * layer.attention.kv_groups
-        cost = prices.unit(layer)
-        units += [UnitChoice((layer.tower, layer.index), g, criterion.head_weight * s, cost) for g, s in enumerate(scores)]
-    return rank_within_layers(units) if (criterion.head_ranking or rule.ranking) == "layer" else units
+        key, cost = (layer.tower, layer.index), prices.unit(layer)
+        units += [UnitChoice(key, group, criterion.head_weight * s, cost) for group, s in enumerate(findings[key].units)]
+    return rank_within_layers(units) if (criterion.head_ranking or HEAD_RULES[criterion.heads].ranking) == "layer" else units
 
 
 def _ranks(
-    model: nn.Module, cut: list[Layer], anatomy: Anatomy, stats: Statistics, criterion: Criterion, workload: Workload, prices: Prices
+    findings: Findings, cut: list[Layer], anatomy: Anatomy, criterion: Criterion, workload: Workload, prices: Prices
 ) -> list[RankChoice]:
-    """Every feed-forward matrix of the layers that may be cut; with its spectrum where the allocation looks at it."""
-    towers, rule = tower_passes(anatomy, workload), criterion.weighting
+    """Every feed-forward matrix of the layers that may be cut, with its spectrum."""
+    towers = tower_passes(anatomy, workload)
     ranks = []
     for layer in cut:
         per_mac = 2 * towers[layer.tower].tokens
         for role, linear in layer.ffn.matrices.items():
-            key, values = site(layer.tower, layer.index, role), np.empty(0)
-            if criterion.allocation != "uniform":
-                weight = model.get_submodule(linear.path).weight.double().cpu()
-                values = spectrum(linear, weighting(rule, key, linear, weight, seen_before(rule, key, stats), stats)).numpy()
             ranks.append(
                 RankChoice(
                     (layer.tower, layer.index, role),
-                    values,
+                    findings[layer.tower, layer.index].spectra[role],
                     per_mac * linear_macs(linear, 1),
                     per_mac * linear_macs(linear),
                     criterion.rank_multiple,
@@ -196,17 +174,16 @@ def _least_of_towers(prices: Prices, units: list[UnitChoice], ranks: list[RankCh
     return found
 
 
-def _check_seen(cut: list[Layer], stats: Statistics, criterion: Criterion) -> None:
+def _check_seen(cut: list[Layer], findings: Findings, criterion: Criterion) -> None:
     """Refuses to cut a tower of which the calibration data show nothing; it would be emptied."""
     for tower in dict.fromkeys(x.tower for x in cut):
-        keys = [site(x.tower, x.index, "o") for x in cut if x.tower == tower]
-        if not any(stats.attention[k].count for k in keys):
+        found = [findings[x.tower, x.index] for x in cut if x.tower == tower]
+        if not any(x.seen for x in found):
             other = next(x for x in TOWERS if x != tower)
             raise InputError(
                 f"no calibration sample reaches the {tower} tower", mend=f"use questions with images, or --scope {other} to leave it whole"
             )
-        fisher = criterion.weighting == "loss" or "fisher" in HEAD_RULES[criterion.heads].needs
-        if fisher and not any(stats.gradients[k].outer.any() for k in keys):
+        if needs_gradients(criterion) and not any(x.felt for x in found):
             raise InputError(
                 f"the loss has no gradient in the {tower} tower on the calibration data",
                 mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,11 @@ def passes(criterion: Criterion) -> int:
     return 1 + bool(HEAD_RULES[criterion.heads].needs & {"gates", "weights"})
 
 
+def needs_gradients(criterion: Criterion) -> bool:
+    """Whether a criterion looks at the gradients of a loss with drawn labels."""
+    return criterion.weighting == "loss" or "fisher" in HEAD_RULES[criterion.heads].needs
+
+
 def gather_for(
     criterion: Criterion,
     model: nn.Module,
@@ -50,6 +56,8 @@ def gather_for(
     *,
     seed: int = 0,
     progress: Callable[[Layer], None] = lambda layer: None,
+    finish: Callable[[Layer, Statistics], None] | None = None,
+    directory: Path | None = None,
 ) -> Statistics:
     """Pass 1 as a criterion needs it; see `statistics.gather` for arguments and errors.
 
@@ -60,10 +68,14 @@ def gather_for(
         batches: In a fixed order.
         seed: For drawing labels.
         progress: Called when a layer is done, which happens `passes(criterion)` times.
+        finish, directory: As for `statistics.gather`; gradients of the reference answers are gathered before.
     """
     needs = HEAD_RULES[criterion.heads].needs
-    weighted = criterion.weighting == "loss" or "fisher" in needs
-    stats = gather(
+    weighted = needs_gradients(criterion)
+    task = None
+    if needs & {"gates", "weights"}:
+        task = gather_task(model, anatomy, batches, gates="gates" in needs, weights="weights" in needs, progress=progress)
+    return gather(
         model,
         anatomy,
         batches,
@@ -73,10 +85,10 @@ def gather_for(
         temperature=criterion.temperature,
         seed=seed,
         progress=progress,
+        task=task,
+        finish=finish,
+        directory=directory,
     )
-    if needs & {"gates", "weights"}:
-        stats.task = gather_task(model, anatomy, batches, gates="gates" in needs, weights="weights" in needs, progress=progress)
-    return stats
 
 
 def gather_task(

@@ -10,22 +10,36 @@ With `criterion.recalibrate: false` the moments are those of pass 1, on the orig
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.heads import fold_mean, refit_output
 from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, seen_before, weighting
 from infoprune_export.compress.moments import Moments, TokenWeights
+from infoprune_export.compress.spill import Spill
 from infoprune_export.compress.statistics import Batch, Statistics, at_input, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
-from infoprune_export.compress.walk import Reached, calls_of
-from infoprune_export.models.anatomy import Layer, Tower, site
+from infoprune_export.compress.walk import Reached, Stage
+from infoprune_export.models.anatomy import Layer, site
+from infoprune_export.models.streamed import at_hand
 from infoprune_export.plans import Factors, Plan
 from infoprune_export.recipe import WeightingName
+from infoprune_export.tensors import TensorFile, described, write_tensors
+
+
+class PassOne(Protocol):
+    """What pass 1 knows, layer by layer: `Statistics` in memory, or a `findings.Survey` on disk."""
+
+    def of(self, layer: Layer) -> Statistics:
+        """Of one layer."""
 
 
 @torch.no_grad()
@@ -33,44 +47,59 @@ def make_factors(
     model: nn.Module,
     plan: Plan,
     batches: Sequence[Batch],
-    stats: Statistics,
+    stats: PassOne,
     *,
     progress: Callable[[str], None] | None = None,
+    directory: Path | None = None,
 ) -> Factors:
-    """Makes the factors of a plan and applies plan and factors to the model on the way.
+    """Makes the factors of a plan; a model whose weights are in memory is compressed on the way.
 
     Args:
-        model: The original; compressed in place.
+        model: The original; used up.
         plan: What to keep.
         batches: Calibration batches.
         stats: Pass 1 on the original, for the loss gradients.
         progress: Called with a layer's name when it is done.
+        directory: For hidden states and the factors of every layer as they are made, of a model that is laid out: an earlier run
+            that was killed is gone on from. Temporary, with all factors in memory, when None.
 
     Returns:
-        The contents of factors.safetensors.
+        The contents of factors.safetensors, by name; those in `directory` stay there.
     """
-    factors: dict[str, Tensor] = {}
-    for tower in (plan.anatomy.vision, plan.anatomy.language):
-        if not (walked := layers_walked(plan, tower)):
-            continue
+    with ExitStack() as until:
+        states = Spill(directory or Path(until.enter_context(tempfile.TemporaryDirectory(prefix="infoprune-"))))
+        stage = Stage(model, plan.anatomy, batches, states, "prefix")
         tokens = TokenWeights(plan.criterion.text_share, model.config.image_token_id)
-        source = _Prefix(model, tower, batches, tokens) if plan.criterion.recalibrate else _OneShot(stats)
-        for layer in walked:
-            if plan.decision(layer.tower, layer.index).cuts(layer):
-                factors |= _cut_layer(model, layer, plan, source, stats)
-            source.advance(model.get_submodule(layer.path))
+        source = _Prefix(stage, model, tokens) if plan.criterion.recalibrate else _OneShot(stats)
+        factors: dict[str, np.ndarray] = {}
+        for layer in layers_walked(plan):
+            source.reach(layer)
+            kept = None if directory is None else directory / f"factors.{layer.tower}.{layer.index}.safetensors"
+            if kept is None or not kept.is_file() or not source.passed(layer):
+                with at_hand(model, layer.path) as module:
+                    made = _cut_layer(model, layer, plan, source, stats) if _cuts(plan, layer) else {}
+                    arrays = {name: tensor.contiguous().numpy() for name, tensor in made.items()}
+                    if kept:
+                        write_tensors(kept, described(arrays), arrays.items())
+                    source.advance(layer, module)
+            factors |= TensorFile(kept) if kept else arrays
             if progress:
                 progress(f"{layer.tower} {layer.index}")
-    return {name: tensor.contiguous().numpy() for name, tensor in sorted(factors.items())}
+    return {name: factors[name] for name in sorted(factors)}
 
 
-def layers_walked(plan: Plan, tower: Tower) -> list[Layer]:
-    """The layers of a tower up to the last that is cut, in depth order."""
-    cut = [x.index for x in tower.layers if plan.decision(x.tower, x.index).cuts(x)]
-    return list(tower.layers[: cut[-1] + 1]) if cut else []
+def layers_walked(plan: Plan) -> list[Layer]:
+    """The layers in front of the last that is cut, and itself, in depth order."""
+    layers = list(plan.anatomy.layers())
+    return layers[: max((i + 1 for i, layer in enumerate(layers) if _cuts(plan, layer)), default=0)]
 
 
-def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _OneShot, stats: Statistics) -> dict[str, Tensor]:
+def _cuts(plan: Plan, layer: Layer) -> bool:
+    return plan.decision(layer.tower, layer.index).cuts(layer)
+
+
+def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _OneShot, stats: PassOne) -> dict[str, Tensor]:
+    known = stats.of(layer)
     decision, rule = plan.decision(layer.tower, layer.index), plan.criterion.weighting
     factors: dict[str, Tensor] = {}
     if len(decision.heads) < layer.attention.heads:
@@ -90,7 +119,7 @@ def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _On
         if role == "gate" and at_input(linear, seen):
             shared = seen  # up reads the same input: the layer need not run again
         weight, bias = _on_cpu(module)
-        w = weighting(rule, key, linear, weight.double(), seen, stats)
+        w = weighting(rule, key, linear, weight.double(), seen, known)
         pair = factorise(linear, weight, bias, w, rank)
         factors |= {f"{key}.{name}": t for name, t in pair.items()}
         model.set_submodule(linear.path, low_rank(pair["first"], pair["second"], pair.get("bias")).to(module.weight.device))
@@ -118,55 +147,71 @@ def _compensate(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _O
 class _OneShot:
     """What pass 1 saw of the original."""
 
-    stats: Statistics
+    stats: PassOne
+
+    def reach(self, layer: Layer) -> None:
+        pass
+
+    def passed(self, layer: Layer) -> bool:
+        return True
 
     def attention(self, model: nn.Module, layer: Layer) -> Moments:
-        return self.stats.attention[site(layer.tower, layer.index, "o")]
+        return self.stats.of(layer).attention[site(layer.tower, layer.index, "o")]
 
     def feed_forward(self, model: nn.Module, layer: Layer, role: str, rule: WeightingName) -> Observed:
-        return seen_before(rule, site(layer.tower, layer.index, role), self.stats)
+        return seen_before(rule, site(layer.tower, layer.index, role), self.stats.of(layer))
 
-    def advance(self, layer: nn.Module) -> None:
+    def advance(self, layer: Layer, module: nn.Module) -> None:
         pass
 
 
+@dataclass(frozen=True)
 class _Prefix:
-    """The calibration batches' hidden states in front of one layer of a tower, as the compressed prefix gives them."""
+    """The calibration batches in front of one layer, as the compressed prefix gives them."""
 
-    def __init__(self, model: nn.Module, tower: Tower, batches: Sequence[Batch], tokens: TokenWeights):
-        self.tokens = tokens
-        self.calls = [found for batch in batches for found in calls_of(model, tower, batch)]
+    stage: Stage
+    model: nn.Module
+    tokens: TokenWeights
+
+    def reach(self, layer: Layer) -> None:
+        """Enters a layer's tower, if that has not been done."""
+        if layer.tower not in self.stage.calls:
+            self.stage.enter(self.stage.anatomy.tower(layer.tower))
+
+    def passed(self, layer: Layer) -> bool:
+        return self.stage.passed(layer)
 
     def attention(self, model: nn.Module, layer: Layer) -> Moments:
         """Moments of a layer's head outputs, which are its output projection's inputs."""
         o, moments = layer.attention.o, Moments.zeros(layer.attention.o.d_in)
-        self._watch(model, layer, o.path, lambda module, args, y: moments.add(args[0], self.tokens.of(layer.tower)))
+        self._watch(layer, o.path, lambda module, args, y: moments.add(args[0], self.tokens.of(layer.tower)))
         return moments
 
     def feed_forward(self, model: nn.Module, layer: Layer, role: str, rule: WeightingName) -> Observed:
         """What a rule has to see of one feed-forward matrix."""
         linear = layer.ffn.matrices[role]
         if (seen := nothing_seen(rule, linear)) is not None:
-            self._watch(model, layer, linear.path, observer(linear, seen, layer.tower, self.tokens))
+            self._watch(layer, linear.path, observer(linear, seen, layer.tower, self.tokens))
         return seen
 
-    def advance(self, layer: nn.Module) -> None:
-        """Passes the hidden states through a layer."""
-        self.calls = [(call, call.through(layer, hidden)) for call, hidden in self.calls]
+    def advance(self, layer: Layer, module: nn.Module) -> None:
+        """Takes the batches through a layer."""
+        self.stage.put_behind(layer, self.stage.through(layer, module))
+        self.stage.drop(layer)
 
-    def _watch(self, model: nn.Module, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
+    def _watch(self, layer: Layer, path: str, hook: Callable[[nn.Module, tuple, Tensor], None]) -> None:
         """Runs a layer as far as one map inside it, with a forward hook there."""
 
         def take(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             hook(module, args, output)
             raise Reached  # what the layer does after this map is not needed here
 
-        handle = model.get_submodule(path).register_forward_hook(take)
+        handle = self.model.get_submodule(path).register_forward_hook(take)
         try:
-            module = model.get_submodule(layer.path)
-            for call, hidden in self.calls:
+            module = self.model.get_submodule(layer.path)
+            for n, call in self.stage.calls[layer.tower].items():
                 self.tokens.start(call.batch.inputs["input_ids"])
                 with suppress(Reached):
-                    call.through(module, hidden)
+                    call.through(module, self.stage.state(layer, n))
         finally:
             handle.remove()

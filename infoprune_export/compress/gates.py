@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from infoprune_export.compress.allocate import LayerKey, UnitChoice, allocate, by_layer
 from infoprune_export.compress.concrete import Gates, draw, open_probability, settled
-from infoprune_export.compress.decide import least_units, score_units
+from infoprune_export.compress.decide import least_units, units_of
+from infoprune_export.compress.findings import Findings
 from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
 from infoprune_export.compress.prices import Flops
 from infoprune_export.compress.recover import divergence
-from infoprune_export.compress.statistics import Statistics
 from infoprune_export.compress.taps import Taps
 from infoprune_export.compress.training import Share, generator, train
 from infoprune_export.errors import InputError
@@ -68,7 +68,7 @@ class Learned:
 def learn_heads_of(
     plan: Plan,
     model: nn.Module,
-    stats: Statistics,
+    findings: Findings,
     rows: Sequence[Row],
     *,
     steps: int,
@@ -81,7 +81,7 @@ def learn_heads_of(
     `decide(..., heads=...)` then makes the plan that keeps them, and gives the feed-forwards what they leave over.
     """
     cut = [x for x in plan.anatomy.layers() if plan.budget.scope in ("all", x.tower)]
-    units = score_units(model, cut, plan.anatomy, stats, plan.criterion, Flops(plan.anatomy, plan.workload), plan.seed, scored=True)
+    units = units_of(findings, cut, plan.criterion, Flops(plan.anatomy, plan.workload))
     return learn_heads(
         model,
         plan.anatomy,
@@ -118,7 +118,7 @@ def learn_heads(
         model: The original, in evaluation mode; as it was afterwards.
         anatomy: Of that model.
         rows: Training rows.
-        units: Every unit of the layers that may be cut, with its score and its FLOPs (see `decide.score_units`).
+        units: Every unit of the layers that may be cut, with its score and its FLOPs (see `decide.units_of`).
         target: Share of the units' FLOPs that stays (see `planned_share`).
         steps: Of training.
         stay: How many units of a layer stay at least; 1 where a layer is not named.

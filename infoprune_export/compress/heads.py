@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infoprune_export.compress.information import effective_rank, ks_distance, spectrum_of_moment, symmetric_power
+from infoprune_export.compress.information import effective_rank, ks_distance
 from infoprune_export.compress.lowrank import GRADIENT_FLOOR
+from infoprune_export.compress.spectra import WIDE, Root, spectrum_of_moment, symmetric_power, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.models.anatomy import Attention, Layer, site
 
@@ -42,11 +43,15 @@ def columns(attention: Attention, group: int) -> list[int]:
     return list(range(group * width, (group + 1) * width))
 
 
+SUBSPACE = 512
+"""Dimensions of a wide block's output, those with the most mass, in which the spectra without each unit are compared."""
+
+
 def loss_root(stats: Statistics, key: str, width: int) -> Tensor:
-    """`G^(1/2)` at a block's output, shape [width, width]."""
+    """A root of G at a block's output, `R R^T = G`, shape [width, width]."""
     identity = torch.eye(width, dtype=torch.float64)
     g = stats.gradients[key].outer / stats.samples
-    return symmetric_power((1 - GRADIENT_FLOOR) * g + GRADIENT_FLOOR * torch.trace(g) / width * identity, 0.5)
+    return Root.of((1 - GRADIENT_FLOOR) * g + GRADIENT_FLOOR * torch.trace(g) / width * identity).matrix
 
 
 def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: float, *, weighted: bool = True) -> list[UnitScore]:
@@ -65,17 +70,22 @@ def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: f
     # Where the projection has a bias, a unit's mean output can be folded into it: only the variation is information.
     c = moments.covariance if attention.o.bias else moments.second
     if weighted:
-        a = loss_root(stats, key, attention.o.d_out) @ w
+        a = loss_root(stats, key, attention.o.d_out).T @ w
     else:
         energy = float(torch.trace(w @ c @ w.T))
         a = w / energy**0.5 if energy > 0 else w
-    whole = spectrum_of_moment(a @ c @ a.T)
+    outputs = a @ c @ a.T
+    seen = a  # from which directions of the output the spectra with and without a unit are compared: all of them
+    if len(outputs) > WIDE:
+        top = top_eigenvectors(outputs, SUBSPACE)
+        seen, outputs = top.T @ a, top.T @ outputs @ top
+    whole, mixed = spectrum_of_moment(outputs), seen @ c
     scores = []
     for group in range(attention.kv_groups):
         own = columns(attention, group)
-        rest = [i for i in range(attention.o.d_in) if i not in set(own)]
-        without = spectrum_of_moment(a[:, rest] @ c[rest][:, rest] @ a[:, rest].T) if rest else torch.zeros(1)
-        ks = ks_distance(whole, without, absolute=True)
+        shared = mixed[:, own] @ seen[:, own].T
+        without = outputs - shared - shared.T + seen[:, own] @ c[own][:, own] @ seen[:, own].T
+        ks = ks_distance(whole, spectrum_of_moment(without), absolute=True)
         c_own = symmetric_power(c[own][:, own], 0.5)
         information = effective_rank(spectrum_of_moment(c_own @ a[:, own].T @ a[:, own] @ c_own)) / len(own)
         scores.append(UnitScore(group, information, ks, ks * (1 - erank_weight + erank_weight * information)))

@@ -2,14 +2,12 @@
 
 Both work on singular values. The singular values of a map that matter are not those of its weights but of
 its *weighted* action `G^(1/2) W C^(1/2)`, C the second moment of its inputs and G that of the loss gradient
-at its outputs; on raw weights effective rank is nearly flat. Symmetric square roots and spectra of such
-products live here too.
+at its outputs; on raw weights effective rank is nearly flat. See `spectra` for those.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -58,22 +56,3 @@ def ks_distance(original: np.ndarray | Tensor, compressed: np.ndarray | Tensor, 
         return 0.0 if n == 0 or g[-1] == 0 or absolute is False else float(g[-1])
     distance = float(np.abs(f - g).max())
     return distance if absolute else distance / float(f[-1])
-
-
-def symmetric_power(matrix: Tensor, power: float, rtol: float = 1e-10) -> Tensor:
-    """A real power of a positive semi-definite matrix.
-
-    Args:
-        matrix: Symmetric, shape [n, n]; tiny negative eigenvalues from rounding count as zero.
-        power: The exponent; negative ones give the pseudo-inverse power on the numerical rank.
-        rtol: Eigenvalues below this fraction of the largest count as zero.
-    """
-    values, vectors = torch.linalg.eigh(matrix)
-    keep = values > rtol * values[-1].clamp_min(0)
-    scaled = torch.where(keep, values.clamp_min(torch.finfo(values.dtype).tiny).pow(power), torch.zeros_like(values))
-    return (vectors * scaled) @ vectors.T
-
-
-def spectrum_of_moment(moment: Tensor) -> Tensor:
-    """Singular values, descending, of any A with `A A^T = moment` (or `A^T A`), shape [n]."""
-    return torch.linalg.eigvalsh(moment).clamp_min(0).sqrt().flip(0)

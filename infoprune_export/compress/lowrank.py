@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from infoprune_export.compress.information import spectrum_of_moment, symmetric_power
 from infoprune_export.compress.moments import InputScale, Moments
+from infoprune_export.compress.spectra import WIDE, Root, spectrum_of_moment, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics, input_side
 from infoprune_export.models.anatomy import Linear
 from infoprune_export.recipe import WeightingName
@@ -92,7 +92,7 @@ def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, see
         seen: From pass 1 or from the compressed prefix, as `nothing_seen` made it.
         stats: Pass 1, for the gradients.
     """
-    identity = weight.T @ weight if input_side(linear) else torch.eye(linear.d_out, dtype=torch.float64)
+    identity = _gram(weight) if input_side(linear) else torch.eye(linear.d_out, dtype=torch.float64)
     if isinstance(seen, Moments):
         data, mean = (seen.covariance, seen.mean) if linear.bias else (seen.second, seen.mean)
     else:
@@ -108,6 +108,11 @@ def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, see
     return Weighting(data, (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * identity, mean)
 
 
+def _gram(weight: Tensor) -> Tensor:
+    """`W^T W` in float64; of a wide map in the precision that its weights have."""
+    return weight.T @ weight if weight.shape[1] <= WIDE else (weight.float().T @ weight.float()).double()
+
+
 def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:
     """`mean|x|^alpha`; channels that were never used count as the weakest one that was, so that they can be undone."""
     scale = seen.mean**alpha
@@ -117,13 +122,7 @@ def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:
 
 def spectrum(linear: Linear, w: Weighting) -> Tensor:
     """Singular values of `G^(1/2) W C^(1/2)`, descending, in units of (loss per sample)^(1/2)."""
-    return spectrum_of_moment(_sandwich(w)[0])
-
-
-def _sandwich(w: Weighting) -> tuple[Tensor, Tensor]:
-    root = symmetric_power(w.data, 0.5)
-    product = root @ w.loss @ root
-    return (product + product.T) / 2, root
+    return spectrum_of_moment(Root.of(w.data).around(w.loss))
 
 
 def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting, rank: int) -> dict[str, Tensor]:
@@ -141,17 +140,17 @@ def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting,
     """
     weight = weight.double()
     if input_side(linear):
-        product, root = _sandwich(w)
-        top = torch.linalg.eigh(product).eigenvectors[:, -rank:].flip(1)
-        second, first = weight @ (root @ top), top.T @ symmetric_power(w.data, -0.5)
+        root = Root.of(w.data)
+        top = top_eigenvectors(root.around(w.loss), rank)
+        second, first = weight @ (root.matrix @ top), root.undo(top.T)
         dropped_mean = weight @ w.mean - second @ (first @ w.mean)
     else:
         # Here G is inverted, never the data: directions without data are free, directions without loss have the floor.
-        root = symmetric_power(w.loss, 0.5)
-        product = root @ w.data @ root
-        top = torch.linalg.eigh((product + product.T) / 2).eigenvectors[:, -rank:].flip(1)
-        second, first = symmetric_power(w.loss, -0.5) @ top, top.T @ root @ weight
-        dropped_mean = w.mean - second @ (top.T @ (root @ w.mean))
+        root = Root.of(w.loss)
+        top = top_eigenvectors(root.around(w.data), rank)
+        kept = top.T @ root.matrix.T
+        second, first = root.undo(top.T).T, kept @ weight
+        dropped_mean = w.mean - second @ (kept @ w.mean)
     balance = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     pair = {"first": (first / balance[:, None]).float(), "second": (second * balance).float()}
     if bias is not None:

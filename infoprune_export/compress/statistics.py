@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +72,28 @@ class Statistics:
     samples: int = 0
     weighted: bool = True
 
+    def of(self, layer: Layer) -> Statistics:
+        """What is known of one layer: all of it is at hand."""
+        return self
+
+    def take_in(self, other: Statistics) -> None:
+        """Adds the sites of another layer."""
+        for name in ("attention", "ffn", "gradients", "gradient_energy", "scales"):
+            getattr(self, name).update(getattr(other, name))
+
+    def check_finite(self) -> None:
+        """Makes sure that every moment is a number.
+
+        Raises:
+            InputError: naming the site that is not.
+        """
+        for key, moments in [*self.attention.items(), *self.ffn.items(), *self.gradients.items()]:
+            if not torch.isfinite(moments.outer).all():
+                raise InputError(
+                    f"calibration gives activations or gradients that are not finite at {key}",
+                    mend="check the model's weights and the calibration images",
+                )
+
 
 def input_side(linear: Linear) -> bool:
     """Whether a map's moments are gathered at its input (it widens) or at its output (it narrows)."""
@@ -91,6 +114,9 @@ def gather(
     text_share: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
+    task: TaskGradients | None = None,
+    finish: Callable[[Layer, Statistics], None] | None = None,
+    directory: Path | None = None,
     progress: Callable[[Layer], None] = lambda layer: None,
 ) -> Statistics:
     """Runs the calibration batches through the original and gathers every moment.
@@ -104,41 +130,67 @@ def gather(
         text_share: Of the text tokens in the language model's moments; see `TokenWeights`.
         temperature: Of the model's own predictions, from which the labels of the backward pass are drawn.
         seed: For those draws.
+        task: Gradients of the reference answers' loss that were gathered before, to go with the rest.
+        finish: Gets each layer with its own statistics when its turn is over, its weights still in memory; nothing of them is
+            kept then, so memory does not grow with the number of layers.
+        directory: For hidden states; an earlier run that was killed is gone on from, and `finish` is not called again for its layers.
         progress: Called when a layer is done.
 
+    Returns:
+        The statistics of all layers; where `finish` has had them, none.
+
     Raises:
-        InputError: no samples, or activations that are not finite.
+        InputError: no samples, activations that are not finite, or a loss without any gradient.
     """
     batches = list(batches)
-    stats = Statistics(weighted=weighted, samples=sum(b.samples for b in batches))
+    if not batches:
+        raise InputError("no calibration samples", mend="name some with --calibration PATH")
+    whole = Statistics(task=task, weighted=weighted, samples=sum(b.samples for b in batches))
+    current = Statistics()
     generator = torch.Generator().manual_seed(seed)
     tokens = TokenWeights(text_share, model.config.image_token_id)
+
+    @contextmanager
+    def watch(layer: Layer) -> Iterator[None]:
+        nonlocal current
+        current = Statistics(task=task, weighted=weighted, samples=whole.samples)
+        with _hooks(model, layer, current, scales, tokens):
+            yield
+
+    def turn_over(layer: Layer) -> None:
+        nonlocal current
+        current.check_finite()
+        if finish:
+            finish(layer, current)
+        else:
+            whole.take_in(current)
+        current = Statistics()
+
     walk = Walk(
         model,
         anatomy,
         batches,
-        lambda layer: _hooks(model, layer, stats, scales, tokens),
+        watch,
         start=lambda batch: tokens.start(batch.inputs["input_ids"]),
+        finish=turn_over,
         advance=progress,
+        directory=directory,
     )
     if weighted:
         walk.forward_and_back(lambda logits, targets: fisher_loss(logits, targets, temperature, generator))
     else:
         walk.forward()
-    if not stats.samples:
-        raise InputError("no calibration samples", mend="name some with --calibration PATH")
-    for key, moments in [*stats.attention.items(), *stats.ffn.items(), *stats.gradients.items()]:
-        if not torch.isfinite(moments.outer).all():
-            raise InputError(
-                f"calibration gives activations or gradients that are not finite at {key}",
-                mend="check the model's weights and the calibration images",
-            )
-    if weighted and not any(m.outer.any() for m in stats.gradients.values()):
-        raise InputError(
-            "the loss has no gradient on the calibration data",
-            mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",
-        )
-    return stats
+    if weighted and finish is None and not any(m.outer.any() for m in whole.gradients.values()):
+        raise no_gradient()
+    return whole
+
+
+def no_gradient() -> InputError:
+    """What is said where the loss moves nothing."""
+    return InputError(
+        "the loss has no gradient on the calibration data",
+        mend="use other data, or criterion.weighting: activation with criterion.heads: ks-activation in the recipe",
+    )
 
 
 def fisher_loss(logits: Tensor, targets: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

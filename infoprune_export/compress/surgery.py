@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,14 +25,23 @@ def apply_plan(model: nn.Module, plan: Plan, factors: Factors) -> None:
         InputError: the plan does not fit the model, or factors are missing or of the wrong shape.
     """
     for layer in plan.anatomy.layers():
-        decision = plan.decision(layer.tower, layer.index)
-        _check(model, layer)
-        _prune(model, layer, plan)
-        for role, rank in decision.ranks.items():
-            if rank is not None:
-                _split(model, layer, role, rank, factors)
-        for role in (*ATTENTION_ROLES, *layer.ffn.matrices):
-            _replace(model, layer.linear(role), site(layer.tower, layer.index, role), factors)
+        apply_to_layer(model, layer, plan, factors)
+    apply_to_projector(model, plan, factors)
+
+
+def apply_to_layer(model: nn.Module, layer: Layer, plan: Plan, factors: Factors) -> None:
+    """`apply_plan` for one layer, whose weights are in memory."""
+    _check(model, layer)
+    _prune(model, layer, plan)
+    for role, rank in plan.decision(layer.tower, layer.index).ranks.items():
+        if rank is not None:
+            _split(model, layer, role, rank, factors)
+    for role in (*ATTENTION_ROLES, *layer.ffn.matrices):
+        _replace(model, layer.linear(role), site(layer.tower, layer.index, role), factors)
+
+
+def apply_to_projector(model: nn.Module, plan: Plan, factors: Factors) -> None:
+    """`apply_plan` for what lies between the towers, which training may have changed."""
     for i, linear in enumerate(plan.anatomy.projector):
         _replace(model, linear, projector_key(i), factors)
 
@@ -45,7 +55,8 @@ def shape_as_planned(model: nn.Module, plan: Plan) -> None:
         for role, rank in decision.ranks.items():
             if rank is not None:
                 old = model.get_submodule(layer.linear(role).path)
-                new = LowRankLinear(old.in_features, old.out_features, rank, old.bias is not None, old.weight.dtype)
+                with old.weight.device:
+                    new = LowRankLinear(old.in_features, old.out_features, rank, old.bias is not None, old.weight.dtype)
                 model.set_submodule(layer.linear(role).path, new)
 
 
@@ -148,4 +159,4 @@ def _factor(factors: Factors, name: str, shape: tuple[int, ...]) -> Tensor:
             where="factors.safetensors",
             mend="after editing a plan's ranks or heads, delete factors_sha256 so that apply makes its factors again",
         )
-    return torch.from_numpy(array)
+    return torch.from_numpy(np.array(array))

@@ -1,8 +1,9 @@
 """The three networks that become graphs, cut out of a LLaVA-like model.
 
-`split` copies the model's module tree but not its weights, puts modules that trace cleanly in the place of
+`split` copies the model's module tree without its weights, puts modules that trace cleanly in the place of
 linear maps, rotary embeddings and attention functions, and hangs the parts into three wrappers whose inputs
-and outputs are the graphs' own. The caller's model is left as it was.
+and outputs are the graphs' own. The caller's model is left as it was. Which weight of the model goes where is
+what `Component.weights` says; they are written into the graphs' files one by one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ class Component(nn.Module):
         self.paths = paths
         for name, path in paths.items():
             self.add_module(name, model.get_submodule(path))
+
+    def weights(self) -> dict[str, tuple[str, bool]]:
+        """Own parameter to the name that it has in the Hugging Face model, and whether it is that one's transpose."""
+        found = {}
+        for name, _ in self.named_parameters():
+            part, _, rest = name.partition(".")
+            owner = self.get_submodule(name.rpartition(".")[0])
+            found[name] = (f"{self.paths[part]}.{rest}", isinstance(owner, Matrix) and name.endswith(".weight"))
+        return found
 
 
 class VisionEncoder(Component):
@@ -159,16 +169,19 @@ def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[
     Args:
         model: The model, original or compressed.
         anatomy: Of the original.
-        dtype: Type of weights and activations. Weights that have it already are shared, not copied.
+        dtype: Type of weights and activations.
 
     Returns:
-        Component name to module.
+        Component name to module, its parameters on PyTorch's `meta` device.
 
     Raises:
         InputError: for a rotary embedding or an attention pattern that no graph can express.
     """
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, dict(shared)).eval().requires_grad_(False)
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta", dtype), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): b for b in model.buffers()}
+    if (shelf := getattr(model, "infoprune_shelf", None)) is not None:
+        memo[id(shelf)] = shelf
+    model = copy.deepcopy(model, memo).eval().requires_grad_(False)
     AttentionInterface.register(ATTENTION, _attention)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -176,8 +189,7 @@ def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[
     table = model.get_submodule(anatomy.embed_path).weight
     tied = model.get_submodule(anatomy.head_path).weight is table
     _replace(model, anatomy.head_path if tied else None)
-    _convert(model, dtype, table)
-
+    _convert_buffers(model, dtype)
     return {VISION: VisionEncoder(model, anatomy), EMBED: TokenEmbedding(model, anatomy), DECODER: Decoder(model, anatomy)}
 
 
@@ -191,14 +203,9 @@ def _replace(model: nn.Module, tied_head: str | None) -> None:
             model.set_submodule(name, Rotary(module, name))
 
 
-def _convert(model: nn.Module, dtype: torch.dtype, table: Tensor) -> None:
-    """Converts the weights, each tensor once, and leaves the frequencies of rotary embeddings alone."""
-    converted: dict[int, nn.Parameter] = {}
+def _convert_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Converts what is neither a weight nor the frequencies of a rotary embedding."""
     for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            if p.dtype != dtype:
-                converted.setdefault(id(p), nn.Parameter(p.detach().to(dtype), requires_grad=False))
-                setattr(module, name, converted[id(p)])
         if not isinstance(module, Rotary):
             for name, b in list(module.named_buffers(recurse=False)):
                 if b.is_floating_point():

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
 from onnx_ir.passes import common as passes
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript.rewriter import onnx_fusions
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
@@ -71,7 +75,7 @@ def export_graphs(
     """Writes the three graphs of a model, original or compressed.
 
     Args:
-        model: The PyTorch model, on the CPU; it is not changed.
+        model: The PyTorch model, laid out or on the CPU; it is not changed. Weights are read one by one, when they are written.
         anatomy: Of the original.
         out_dir: Directory for the graphs, made if needed.
         dtype: Type of weights, activations, cache and logits. Softmax, norms and positions compute in fp32 inside.
@@ -90,7 +94,7 @@ def export_graphs(
     for component in COMPONENTS:
         if progress:
             progress(component)
-        graph = trace(modules.pop(component), ports[component])
+        graph = trace(modules.pop(component), ports[component], partial(_weight, model))
         _describe_sites(graph, anatomy)
         paths[component] = out_dir / graph_file(component, dtype)
         written = save_graph(graph, paths[component], shared)
@@ -99,19 +103,27 @@ def export_graphs(
     return paths
 
 
-def trace(module: Component, ports: Ports) -> ir.Model:
-    """One component as an ONNX graph with the given inputs and outputs."""
+def trace(module: Component, ports: Ports, weight: Callable[[str], torch.Tensor]) -> ir.Model:
+    """One component as an ONNX graph with the given inputs and outputs.
+
+    Args:
+        module: From `split`, without weights.
+        ports: Its inputs and outputs.
+        weight: Gives a weight by its name in the Hugging Face model, when the graph is written.
+    """
     flat = [port.sample(SAMPLE) for port in ports.inputs]
     dynamic = [port.dynamic for port in ports.inputs]
     args = _nested(flat) if len(flat) > 1 else tuple(flat)
     shapes = _nested(dynamic) if len(flat) > 1 else tuple(dynamic)
     with _quiet():
         try:
-            graph = torch.onnx.export(module, args, opset_version=OPSET, dynamic_shapes=shapes, optimize=False, verbose=False).model
-        except torch.onnx.OnnxExporterError as e:
+            with _pretending(module):
+                program = torch.export.export(module, args, dynamic_shapes=shapes, strict=False)
+            graph = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False).model
+        except Exception as e:  # tracing raises anything from TypeError to errors of its own
             what = f"PyTorch's exporter cannot trace it ({(str(e).splitlines() or [type(e).__name__])[0]})"
             raise InputError(what, where=type(module).__name__, mend="run again with -vv for the exporter's own report") from e
-    _name_weights(graph, module)
+    _name_weights(graph, module, weight)
     _simplify(graph)
     _name_ports(graph, ports)
     return graph
@@ -143,13 +155,37 @@ def _ports(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict
     }
 
 
-def _name_weights(graph: ir.Model, module: Component) -> None:
-    """Gives the initialisers the names that the parameters have in the Hugging Face model."""
-    for name in [n for n in graph.graph.initializers if n.partition(".")[0] in module.paths]:
-        value = graph.graph.initializers.pop(name)
-        head, _, rest = name.partition(".")
-        value.name = f"{module.paths[head]}.{rest}"
-        graph.graph.initializers[value.name] = value
+@contextlib.contextmanager
+def _pretending(module: nn.Module) -> Iterator[None]:
+    """Gives a module parameters on the CPU that have shapes and no memory, for as long as it is traced."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for owner in module.modules():
+            for name, p in list(owner.named_parameters(recurse=False)):
+                setattr(owner, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=False))
+        yield
+
+
+def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """A weight of a model, from its shelf where it has one."""
+    shelf = getattr(model, "infoprune_shelf", {})
+    return shelf[name] if name in shelf else model.get_parameter(name)
+
+
+def _name_weights(graph: ir.Model, module: Component, weight: Callable[[str], torch.Tensor]) -> None:
+    """Gives the initialisers the names that the parameters have in the Hugging Face model, and their contents once asked for."""
+    parameters = dict(module.named_parameters())
+    for own, (name, transposed) in module.weights().items():
+        if own not in graph.graph.initializers:
+            continue
+        value, dtype = graph.graph.initializers.pop(own), parameters[own].dtype
+
+        def read(name: str = name, transposed: bool = transposed, dtype: torch.dtype = dtype) -> ir.TensorProtocol:
+            found = weight(name).detach()
+            return TorchTensor((found.T if transposed else found).to("cpu", dtype).contiguous(), name=name)
+
+        value.name = name
+        value.const_value = ir.LazyTensor(read, ONNX_DTYPES[dtype], ir.Shape(parameters[own].shape), name=name)
+        graph.graph.initializers[name] = value
 
 
 def _simplify(model: ir.Model) -> None:

@@ -66,7 +66,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     family = FAMILIES[name]
     vision_module, language_module = model.get_submodule(family.vision), model.get_submodule(family.language)
     vision = _tower("vision", vision_module, family.vision, config.vision_config.hidden_size)
-    vision = _cut_unused(vision, config.vision_feature_layer)
+    vision = _cut_unused(vision, feature_layers(config))
     language = _tower("language", language_module, family.language, config.text_config.hidden_size)
     head = model.get_submodule(family.head)
     projector = model.get_submodule(family.projector)
@@ -147,15 +147,19 @@ def _name_of(parent: nn.Module, child: nn.Module) -> str:
     return next(n for n, m in parent.named_modules() if m is child)
 
 
-def _cut_unused(tower: Tower, feature_layer: int | list[int]) -> Tower:
-    """Leaves out the layers past the deepest one that feeds the projector.
+def _cut_unused(tower: Tower, feature_layers: list[int]) -> Tower:
+    """Leaves out the layers past the deepest one that feeds the projector."""
+    used = max(feature_layers) + 1
+    return tower.model_copy(update={"layers": tower.layers[:used], "unused_layers": len(tower.layers) - used})
 
-    `hidden_states[0]` is the embedding, so index i is the output of the first i layers.
+
+def feature_layers(config: Any) -> list[int]:
+    """Indices of the vision layers whose outputs the projector takes, ascending; -1 for the embedding in front of the first.
+
+    `hidden_states[0]` is the embedding, so index i of a config is the output of the first i layers.
     """
-    depth = len(tower.layers)
-    wanted = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    used = max(i if i >= 0 else depth + 1 + i for i in wanted)
-    return tower.model_copy(update={"layers": tower.layers[:used], "unused_layers": depth - used})
+    depth, wanted = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    return sorted({(i if i >= 0 else depth + 1 + i) - 1 for i in ([wanted] if isinstance(wanted, int) else wanted)})
 
 
 def _geometry(vision: nn.Module, config: Any) -> VisionGeometry:

@@ -11,13 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infoprune_export.bundle import file_sha256
 from infoprune_export.errors import InputError, NotEnough
+from infoprune_export.hashes import file_sha256
 from infoprune_export.memory import memory
 from infoprune_export.models.families import check_family
 from infoprune_export.plans import Source
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
 PROCESSOR_FILES = (
@@ -63,36 +64,37 @@ class SourceModel:
         if _hash_weights(self.directory) != self.source.sha256:
             raise InputError("was changed while this run was under way", where=self.directory, mend="run the command again")
 
-    def load_model(self) -> PreTrainedModel:
-        """The model in fp32, in evaluation mode, with attention that statistics and export understand.
+    def open_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The model laid out: in evaluation mode, its layers' weights in float32 whenever they are at hand (see `streamed`).
+
+        Args:
+            device: Where weights are used.
+
+        Raises:
+            InputError: weights that do not fit the config.
+        """
+        from infoprune_export.models.families import find_anatomy
+        from infoprune_export.models.streamed import checkpoint_shelf, lay_out, skeleton
+
+        try:
+            model = skeleton(self.directory)
+        except Exception as e:  # transformers raises anything from KeyError to ValueError here
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise InputError(f"no model can be made of its config ({reason})", where=self.directory / "config.json") from e
+        anatomy = find_anatomy(model)
+        return lay_out(model, checkpoint_shelf(model, weight_files(self.directory), self.directory, device), anatomy)
+
+    def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The model in float32 with all its weights, in evaluation mode.
 
         Raises:
             InputError: weights that do not fit the config.
             NotEnough: less memory than the weights in fp32 and the work on them take.
         """
-        import torch
-        from transformers import AutoModelForImageTextToText
+        from infoprune_export.models.streamed import load_all
 
         self._check_memory()
-        try:
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                self.directory,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-        except Exception as e:  # transformers raises anything from KeyError to SafetensorError here
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise InputError(f"the weights cannot be loaded ({reason})", where=self.directory) from e
-        for kind in ("missing_keys", "mismatched_keys"):
-            if info[kind]:
-                first = sorted(map(str, info[kind]))[0]
-                raise InputError(
-                    f"{len(info[kind])} tensors do not fit the config ({kind.replace('_', ' ')}: {first})", where=self.directory
-                )
-        return model.eval().requires_grad_(False)
+        return load_all(self.open_model(device))
 
     @property
     def parameters(self) -> int:

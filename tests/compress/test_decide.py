@@ -10,6 +10,7 @@ from networks import batches, build, inputs
 from infoprune_export.compress.decide import decide
 from infoprune_export.compress.evidence import gather_for, gather_task
 from infoprune_export.compress.factors import make_factors
+from infoprune_export.compress.findings import look_at_all
 from infoprune_export.compress.scores import HEAD_RULES
 from infoprune_export.compress.statistics import gather
 from infoprune_export.errors import InputError
@@ -57,12 +58,12 @@ def everything(network, data):
 
 
 def plan_of(network, stats, choices=None, *, flops=0.5, scope="all", kept=None, seed=0) -> Plan:
+    anatomy, criterion = find_anatomy(network), Criterion(**{"rank_multiple": 2, **(choices or {})})
     return decide(
-        network,
-        find_anatomy(network),
-        stats,
+        look_at_all(network, anatomy, stats, criterion, seed),
+        anatomy,
         source=Source(id="random", sha256="0" * 64),
-        criterion=Criterion(**{"rank_multiple": 2, **(choices or {})}),
+        criterion=criterion,
         workload=WORKLOAD,
         flops=flops,
         scope=scope,

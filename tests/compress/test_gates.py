@@ -11,6 +11,7 @@ from networks import IMAGE_TOKEN, IMAGE_TOKENS, build, inputs
 from infoprune_export.compress.allocate import UnitChoice
 from infoprune_export.compress.concrete import Gates, open_probability
 from infoprune_export.compress.decide import decide, keep_everything
+from infoprune_export.compress.findings import look_at_all
 from infoprune_export.compress.gates import HeadSearch, initial_log_a, learn_heads, learn_heads_of, planned_share
 from infoprune_export.compress.packing import make_rows, pack
 from infoprune_export.compress.statistics import Batch, gather
@@ -241,11 +242,12 @@ def test_a_plan_s_share_is_kept_and_the_new_plan_meets_the_same_budget(scope):
     anatomy, stats = find_anatomy(model), observed(model)
     common = {"source": Source(id="random", sha256="0" * 64), "workload": WORKLOAD, "flops": 0.55, "scope": scope}
     common["criterion"] = Criterion(rank_multiple=2, head_share=0.6)
-    plan = decide(model, anatomy, stats, **common)
-    found = learn_heads_of(plan, model, stats, rows_of(2), steps=1, threads=1)
-    assert 0.5 < found.figures["kept"] <= found.figures["target"] <= 0.6
-    learned = decide(model, anatomy, stats, heads=found.heads, **common)
-    for key, groups in found.heads.items():
+    found = look_at_all(model, anatomy, stats, common["criterion"])
+    plan = decide(found, anatomy, **common)
+    gates = learn_heads_of(plan, model, found, rows_of(2), steps=1, threads=1)
+    assert 0.5 < gates.figures["kept"] <= gates.figures["target"] <= 0.6
+    learned = decide(found, anatomy, heads=gates.heads, **common)
+    for key, groups in gates.heads.items():
         assert learned.decision(*key).kv_groups == groups
     assert 0.53 < learned.budget.predicted <= 0.55
     assert scope == "all" or all(len(d.heads) == 4 for d in learned.layers if d.tower == "vision")

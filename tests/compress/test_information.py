@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from infoprune_export.compress.information import effective_rank, ks_distance, spectrum_of_moment, symmetric_power
+from infoprune_export.compress.information import effective_rank, ks_distance
+from infoprune_export.compress.spectra import spectrum_of_moment, symmetric_power
 
 
 def test_effective_rank_of_equal_values_is_their_number():

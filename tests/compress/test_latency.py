@@ -6,6 +6,7 @@ from tables import linear_table
 
 from infoprune_export.compress.decide import decide
 from infoprune_export.compress.evidence import gather_for
+from infoprune_export.compress.findings import look_at_all
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.plans import Plan, Source
@@ -31,7 +32,8 @@ def decided(network, anatomy):
     def make(choices=None, scope="all", **budget) -> Plan:
         criterion = Criterion(**{"rank_multiple": 2, **(choices or {})})
         source = Source(id="random", sha256="0" * 64)
-        return decide(network, anatomy, stats, source=source, criterion=criterion, workload=WORKLOAD, scope=scope, **budget)
+        found = look_at_all(network, anatomy, stats, criterion)
+        return decide(found, anatomy, source=source, criterion=criterion, workload=WORKLOAD, scope=scope, **budget)
 
     return make
 

@@ -6,6 +6,7 @@ from networks import LANGUAGE, VISION, batches, build, inputs
 
 from infoprune_export.compress.decide import decide, keep_everything
 from infoprune_export.compress.factors import make_factors
+from infoprune_export.compress.findings import look_at_all
 from infoprune_export.compress.lowrank import LowRankLinear
 from infoprune_export.compress.statistics import gather
 from infoprune_export.compress.surgery import apply_plan, head_rows, shape_as_planned
@@ -66,7 +67,9 @@ def test_plan_and_factors_rebuild_the_network_that_pass_2_made(vision, language)
     model, rebuilt = build(vision, language), build(vision, language)
     data, anatomy = batches(), find_anatomy(model)
     stats = gather(model, anatomy, data)
-    plan = decide(model, anatomy, stats, source=SOURCE, criterion=Criterion(rank_multiple=2), workload=WORKLOAD, flops=0.45, scope="all")
+    criterion = Criterion(rank_multiple=2)
+    found = look_at_all(model, anatomy, stats, criterion)
+    plan = decide(found, anatomy, source=SOURCE, criterion=criterion, workload=WORKLOAD, flops=0.45, scope="all")
     assert 0.43 < plan.budget.predicted <= 0.45
     factors = make_factors(model, plan, data, stats)
     apply_plan(rebuilt, plan, factors)
@@ -81,7 +84,8 @@ def test_a_bias_that_was_added_is_in_the_factors_and_in_the_shapes(tmp_path):
     data, anatomy = batches(), find_anatomy(model)
     criterion = Criterion(heads="flap", weighting="activation", allocation="uniform", compensate="bias", rank_multiple=2)
     stats = gather(model, anatomy, data, weighted=False)
-    plan = decide(model, anatomy, stats, source=SOURCE, criterion=criterion, workload=WORKLOAD, flops=0.5, scope="all")
+    found = look_at_all(model, anatomy, stats, criterion)
+    plan = decide(found, anatomy, source=SOURCE, criterion=criterion, workload=WORKLOAD, flops=0.5, scope="all")
     assert any(plan.gains_bias(x) for x in anatomy.language.layers)
     assert not any(plan.gains_bias(x) for x in anatomy.vision.layers)
     factors = make_factors(model, plan, data, stats)
@@ -98,8 +102,9 @@ def test_scope_leaves_the_other_tower_alone():
     data, anatomy = batches(), find_anatomy(model)
     stats = gather(model, anatomy, data)
     common = {"source": SOURCE, "criterion": Criterion(rank_multiple=2), "workload": WORKLOAD, "flops": 0.5}
+    found = look_at_all(model, anatomy, stats, common["criterion"])
     for scope in ("vision", "language"):
-        plan = decide(model, anatomy, stats, scope=scope, **common)
+        plan = decide(found, anatomy, scope=scope, **common)
         cut = {d.tower for d in plan.layers if any(d.ranks.values()) or len(d.heads) < (4 if d.tower == "vision" else 6)}
         assert cut == {scope}
         assert 0.47 < plan.budget.predicted <= 0.5

@@ -11,7 +11,7 @@ from networks import LANGUAGE, VISION, build, inputs
 
 from infoprune_export.compress.calibration import Sample, make_batches
 from infoprune_export.compress.evidence import task_loss
-from infoprune_export.compress.walk import Walk, _Spill
+from infoprune_export.compress.walk import Walk
 from infoprune_export.models.families import find_anatomy
 
 
@@ -114,11 +114,49 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(model(**data[-1].inputs, use_cache=False).logits, whole_before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_spilled_comes_back_bit_for_bit_and_in_any_order(tmp_path, dtype):
-    spill = _Spill(tmp_path)
-    tensors = [torch.randn(shape).to(dtype) for shape in ((3, 5), (1,), (2, 3, 4))] + [torch.randn(4, 6).to(dtype).T]
-    stored = [spill.put(t) for t in tensors]
-    for tensor, get in reversed(list(zip(tensors, stored, strict=True))):
-        assert torch.equal(get(), tensor)
-    assert not list(tmp_path.iterdir()), "the file has no name: nothing is left behind by a killed run"
+class Killed(BaseException):
+    """Not an error that anything would catch."""
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("back", [False, True])
+def test_a_killed_walk_goes_on_where_it_was(tmp_path, at, back):
+    model, data = build(), batches()
+    anatomy = find_anatomy(model)
+
+    def walk(directory, finish, seen):
+        walking = Walk(model, anatomy, data, seen.watch, finish=finish, directory=directory)
+        return walking.forward_and_back(task_loss) if back else walking.forward()
+
+    whole_turns, first, second = Seen(model), Seen(model), Seen(model)
+    walk(None, lambda layer: None, whole_turns)
+    finished = []
+
+    def dies(layer):
+        if len(finished) == at:
+            raise Killed
+        finished.append(layer.path)
+
+    with pytest.raises(Killed):
+        walk(tmp_path, dies, first)
+    assert not any("forward" in vars(m) for m in model.modules())
+    walk(tmp_path, lambda layer: finished.append(layer.path), second)
+    assert first.turns[:at] == finished[:at], "a turn is over when what it made is kept"
+    assert finished == whole_turns.turns and second.turns == whole_turns.turns[at:]
+    for kind in ("outputs", "gradients"):
+        ours, expected = getattr(second, kind), getattr(whole_turns, kind)
+        for path in second.turns:
+            for mine, its in zip(ours.get(path, []), expected.get(path, []), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+def test_a_finished_walk_keeps_little_and_is_not_taken_again(tmp_path):
+    model, data = build(), batches()
+    anatomy = find_anatomy(model)
+    done = []
+    for _ in range(2):
+        seen = Seen(model)
+        Walk(model, anatomy, data, seen.watch, advance=done.append, directory=tmp_path).forward_and_back(task_loss)
+    assert not seen.turns and len(done) == 2 * len(list(anatomy.layers()))
+    kept = {p.name for p in tmp_path.iterdir()}
+    assert not any(name.startswith("back.") for name in kept - {"back.vision.0", "back.language.0"})

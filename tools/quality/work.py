@@ -39,7 +39,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.job = SETTINGS[self.setting].job()
-        self.model, self.anatomy, self.workload = self.job.original, self.job.anatomy, self.job.workload
+        self.model = self.job.whole_original()
+        self.job.__dict__["original"] = self.model
+        self.anatomy, self.workload = self.job.anatomy, self.job.workload
         self._look()
 
     def _look(self) -> None:
@@ -77,18 +79,22 @@ class Bench:
 
     def job_for(self, task: Task) -> Job:
         """A job that makes a task's network, with all that tasks share in its place."""
+        from infoprune_export.compress.findings import look_at_all
+
         recipe, method = SETTINGS[self.setting].recipe, METHODS[task.method]
         criterion = method.criterion(task.parameters)
         changes = {"flops": task.budget, "criterion": criterion, "train_steps": task.steps, "recovery": method.recovery(recipe.recovery)}
         job = SETTINGS[self.setting].job(recipe.model_copy(update=changes), task.seed)
         batches, statistics = self.statistics(task.seed, criterion.text_share)
+        findings = look_at_all(self.model, self.anatomy, statistics, criterion, task.seed)
         job.__dict__ |= {
             "checkpoint": self.job.checkpoint,
             "anatomy": self.anatomy,
             "workload": self.workload,
             "original": copy.deepcopy(self.model),
             "batches": batches,
-            "statistics": statistics,
+            "survey": statistics,
+            "findings": findings,
         }
         if task.steps:
             job.__dict__["training_rows"] = self.training_rows
@@ -140,7 +146,8 @@ def _make(here: Bench, task: Task, row: Row) -> nn.Module | None:
     job = here.job_for(task)
     begin = time.perf_counter()
     try:
-        plan, model = job.factors(job.decide())
+        model = job.original
+        plan = job.factors(job.decide())
     except InputError as e:
         row.failed = str(e)
         return None
