@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS, QUICK_LAYERS = 4, 1
 SECTIONS = ("llava7b", "tiny", "smol", "frameworks", "dense", "dense7b", "decode", "export")
 QUICK = ("llava7b", "tiny", "dense", "decode", "export")
-TINY = ROOT / "infoprune_export" / "models" / "tiny_llava"
+CHECKPOINTS = {"tiny-llava": ROOT / "infoprune_export" / "models" / "tiny_llava", "smol-llava": ROOT / "build" / "smol-llava-model"}
+"""What is exported; where both are, the larger one's ratios are the checks."""
 SCALARS = (
     ("frameworks", "smol.end_to_end", ("over_torch", "over_torch_compile")),
     ("decode", "decode", ("capacity_slope", "length_fit")),
-    ("export", "export", ("time_ratio", "memory_ratio")),
 )
 """Section, first part of its checks' names, and the values it has under the rest."""
 
@@ -72,6 +73,9 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
             checks.append({"name": f"{name}.end_to_end.speedup", "value": found[name]["latency"]["ort"]["end_to_end"]["speedup"]})
     for name, prefix, keys in SCALARS:
         checks += [{"name": f"{prefix}.{key}", "value": found[name][key]} for key in keys if key in found.get(name, {})]
+    if "export" in found:
+        checkpoint = list(found["export"]["checkpoints"])[-1]
+        checks += [{"name": f"export.{x}", "value": found["export"]["checkpoints"][checkpoint][x]} for x in ("time_ratio", "memory_ratio")]
     for name in ("dense", "dense7b"):
         for part, x in found.get(name, {}).get("parts", {}).items():
             checks.append({"name": f"{name}.{part}.over_genai", "value": x["over_genai"]})
@@ -124,11 +128,10 @@ def _peers(found: dict[str, Any]) -> list[str]:
         if side in found.get("frameworks", {}):
             times = [found["frameworks"][x]["median_ms"] for x in ("ours", side)]
             rows.append(_peer("smol-llava: end to end", peer, *times, "ms"))
-    if "export" in found:
+    for checkpoint, x in found.get("export", {}).get("checkpoints", {}).items():
         for key, unit in (("seconds", "s"), ("peak_mib", "MiB")):
-            rows.append(
-                _peer("export of tiny-llava", "transformers.exporters", *(found["export"][x][key] for x in ("ours", "transformers")), unit)
-            )
+            sides = (x[side][key] for side in ("ours", "transformers"))
+            rows.append(_peer(f"export of {checkpoint}", "transformers.exporters", *sides, unit))
     return rows
 
 
@@ -139,6 +142,12 @@ def _peer(what: str, peer: str, ours: float, theirs: float, unit: str) -> str:
 def _row(network: str, part: str, before: float, after: float, kept: float) -> str:
     speedup = before / after
     return f"| {network} | {part} | {before:.4g} ms | {after:.4g} ms | {speedup:.2f}x | {kept:.3f} | {100 * kept * speedup:.0f}% |"
+
+
+def _exports(measure: Callable[..., dict[str, Any]], work: Path, rounds: int, quick: bool) -> dict[str, Any]:
+    """Exports of every checkpoint that is here; the quick run has the small one alone."""
+    here = {name: path for name, path in CHECKPOINTS.items() if path.is_dir() and not (quick and name != "tiny-llava")}
+    return {"checkpoints": {name: measure(path, work / name, rounds=rounds) for name, path in here.items()}}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "decode" in args.only:
             run.section("decode", lambda: capacity.measure(work / "decode", args.threads, args.seconds))
         if "export" in args.only:
-            run.section("export", lambda: exports.measure(TINY, work / "export", rounds=1 if args.quick else 3))
+            run.section("export", lambda: _exports(exports.measure, work / "export", 1 if args.quick else 3, args.quick))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}

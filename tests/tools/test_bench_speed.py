@@ -119,7 +119,7 @@ def test_figures_and_table():
 
 def test_figures_and_table_of_peers_and_cache():
     peer = {"ours": TIMES, "genai": {"median_ms": 8.0}, "over_genai": 1.25}
-    took = {"seconds": 4.0, "peak_mib": 500.0}
+    took, ratios = {"seconds": 4.0, "peak_mib": 500.0}, (("tiny-llava", 1.0), ("smol-llava", 0.5))
     found = {
         "frameworks": {"ours": TIMES, "torch": {"median_ms": 20.0}, "over_torch": 0.5, "not_measured": "torch.compile: no compiler"},
         "dense": {"parts": {"prefill": peer, "decode": peer}},
@@ -129,10 +129,11 @@ def test_figures_and_table_of_peers_and_cache():
             "length": {"100": TIMES, "4000": {"median_ms": 12.0}},
             "length_fit": 0.99,
         },
-        "export": {"ours": took, "transformers": took, "time_ratio": 1.0, "memory_ratio": 1.0},
+        "export": {"checkpoints": {n: {"ours": took, "transformers": took, "time_ratio": r, "memory_ratio": r} for n, r in ratios}},
     }
-    names = [x["name"] for x in bench_speed.figures(found)]
-    assert names == [
+    checks = {x["name"]: x["value"] for x in bench_speed.figures(found)}
+    assert checks["export.time_ratio"] == 0.5
+    assert list(checks) == [
         "smol.end_to_end.over_torch",
         "decode.capacity_slope",
         "decode.length_fit",

@@ -50,29 +50,32 @@ def measure(checkpoint: Path, work: Path, rounds: int = 3) -> dict[str, Any]:
 
 def main(side: str, checkpoint: Path, out: Path) -> None:
     """Exports once and says what it took."""
-    import torch
-    from transformers import LlavaForConditionalGeneration
+    import transformers  # noqa: F401
 
-    make = _ours if side == "ours" else _transformers
+    import infoprune_export.graph.export  # noqa: F401
+
     begin = time.perf_counter()
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    make(model, out)
+    (_ours if side == "ours" else _transformers)(checkpoint, out)
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": seconds, "peak_mib": peak, "files": {x.name: x.stat().st_size for x in sorted(out.iterdir())}}))
 
 
-def _ours(model: Any, out: Path) -> None:
+def _ours(checkpoint: Path, out: Path) -> None:
     from infoprune_export.graph.export import export_graphs
     from infoprune_export.models.families import find_anatomy
+    from infoprune_export.models.load import locate
 
+    model = locate(str(checkpoint)).open_model()
     export_graphs(model, find_anatomy(model), out)
 
 
-def _transformers(model: Any, out: Path) -> None:
+def _transformers(checkpoint: Path, out: Path) -> None:
     import torch
+    from transformers import LlavaForConditionalGeneration
     from transformers.exporters import OnnxConfig, OnnxExporter
 
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     vision, tokens = model.config.vision_config, 8
     image = (vision.image_size // vision.patch_size) ** 2
     ids = torch.cat([torch.full((1, image), model.config.image_token_id), torch.ones(1, tokens, dtype=torch.long)], 1)
