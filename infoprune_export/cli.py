@@ -137,6 +137,11 @@ SHARED: dict[str, Callable] = {
         help="Steps of training after compression, on the recipe's training data, else on the calibration data; 0 for none.  "
         "[default: the recipe's, else 0]",
     ),
+    "random_weights": click.option(
+        "--random-weights",
+        is_flag=True,
+        help="Random weights of the model's true shapes and synthetic data, to plan time, memory and engines; only a config is needed.",
+    ),
     "device": click.option(
         "--device", metavar="NAME", help="Where statistics, factors and training run: cpu, cuda, cuda:1.  [default: best present]"
     ),
@@ -173,7 +178,9 @@ def cli() -> None:
 
 @cli.command()
 @_options("model", "target", "flops", "latency", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "train_steps", "plan")
-@_options("dry_run", "original", "resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
+@_options(
+    "random_weights", "dry_run", "original", "resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet"
+)
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
     from infoprune_export import job, launched, pipeline
@@ -181,8 +188,8 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
     recipe, options, progress = _job(model, given, plan=plan_file, original=given["original"], resume=given["resume"], archs=given["archs"])
     if dry_run:
         job.require_export()
-        plan = job.Job(recipe, options, progress).decide()
-        return _show_plan(plan, as_json)
+        with job.Job(recipe, options, progress) as work:
+            return _show_plan(work.decide(), as_json)
     if not launched.is_first():
         return pipeline.assist(recipe, options)
     bundle, report = pipeline.export_bundle(recipe, options, progress)
@@ -190,7 +197,7 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
 
 
 @cli.command()
-@_options("model", "flops", "latency", "scope", "out", "calibration", "samples", "train_steps")
+@_options("model", "flops", "latency", "scope", "out", "calibration", "samples", "train_steps", "random_weights")
 @_options("seed", "device", "threads", "json", "verbose", "quiet")
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
@@ -379,6 +386,7 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
     recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))
     out = given.get("out") or Path("build") / (recipe.name + suffix)
     options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
+    options.random_weights = given.get("random_weights", False)
     return recipe, options, progress
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.launched import processes
-from infoprune_export.plans import Plan, read_factors
+from infoprune_export.plans import Plan, Source, read_factors
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from infoprune_export.validation.stand_ins import Setting
 
 Key = TypeVar("Key")
+SYNTHETIC_ANSWER = 4
+"""Tokens of a synthetic answer at most: those of a benchmark are a word or two."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Options:
         archs: GPU architectures for TensorRT engines; the default set when empty.
         seconds: Measuring time of each part's latency.
         device: Where statistics, factors and training run; the best present when None.
+        random_weights: Make the weights, in a folder beside `out`, and the data; take only the shapes from the recipe's model.
     """
 
     out: Path
@@ -56,6 +61,7 @@ class Options:
     archs: list[str] = field(default_factory=list)
     seconds: float = 5.0
     device: str | None = None
+    random_weights: bool = False
 
 
 def require_export() -> None:
@@ -82,6 +88,9 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
     Raises:
         InputError: nothing of that name (near names are suggested), or two budgets.
     """
+    random = given.get("random_weights", False)
+    if random:
+        _check_random(given)
     if given.get("flops") is not None and given.get("latency") is not None:
         raise InputError("--flops and --latency are two budgets", mend="give one: --latency allocates by times measured on this machine")
     names, path = packaged(), Path(model)
@@ -90,7 +99,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
     elif path.suffix in (".yaml", ".yml"):
         recipe = read(path)
     elif path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
-        if given.get("calibration") is None and (given.get("latency") or given.get("flops") or 1) != 1:
+        if not random and given.get("calibration") is None and (given.get("latency") or given.get("flops") or 1) != 1:
             warn("no calibration data named: using the small packaged set; data like your own is better (--calibration)")
         tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
         local = path.is_dir()
@@ -110,9 +119,23 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         changes["targets"] = list(dict.fromkeys(given["targets"]))
     if given.get("calibration"):
         changes["calibration"] = [DataSource(path=str(given["calibration"].absolute()))]
+    if random:  # synthetic data stand in for all of the recipe's, and nothing can be learned from them
+        changes |= {"calibration": [], "training": [], "validation": [], "evaluation": {}, "train_steps": 0, "max_drop": None}
     origin, recipe = recipe.origin, recipe.model_copy(update=changes)
     recipe._origin = origin
     return recipe
+
+
+def _check_random(given: dict[str, Any]) -> None:
+    """Refuses options that ask random weights for what they cannot have.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name, option in (("train_steps", "--train-steps"), ("max_drop", "--max-drop"), ("calibration", "--calibration")):
+        if given.get(name):
+            reason = "synthetic data go with them" if name == "calibration" else "random weights have learned nothing"
+            raise InputError(f"{option} does not go with --random-weights: {reason}", mend=f"leave {option} out")
 
 
 class Job:
@@ -123,17 +146,46 @@ class Job:
         own = recipe.origin is not None and recipe.origin not in packaged().values()
         self.scratch: Path | None = None  # where work goes that a run which was killed goes on from
         self.base = recipe.origin.parent if own else Path()  # a packaged recipe means the user's files, not the package's
+        self._held = ExitStack()
         self._temporary: TemporaryDirectory[str] | None = None
         if options.threads:
             import torch
 
             torch.set_num_threads(options.threads)
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._held.__exit__(*error)
+
     @cached_property
     def checkpoint(self) -> SourceModel:
         from infoprune_export.models.load import locate
 
-        return locate(self.recipe.model, self.base, self.recipe.revision, self.recipe.prepare)
+        if self.options.random_weights:
+            return self._random_checkpoint()
+        found = locate(self.recipe.model, self.base, self.recipe.revision, self.recipe.prepare)
+        if len(found.types) > 1:
+            self.progress.note(f"the weights are of several types ({', '.join(found.types)}); all are computed with in float32")
+        return found
+
+    def _random_checkpoint(self) -> SourceModel:
+        """Weights of the right shapes, made beside the output and kept there until this job ends."""
+        from infoprune_export.models.load import locate, locate_config
+        from infoprune_export.models.random_weights import RandomCheckpoint
+        from infoprune_export.workspace import check_disk, side_folder
+
+        recipe, options = self.recipe, self.options
+        config, name = locate_config(recipe.model, self.base, recipe.revision, recipe.prepare)
+        checkpoint = RandomCheckpoint(config, options.seed)
+        check_disk(options.out, checkpoint.bytes)
+        directory = self._held.enter_context(side_folder(options.out, "random", options.resume))
+        self.progress.note(f"random weights in the shapes of {name}: times and sizes mean something, answers do not")
+        with self.progress.bar("random weights", checkpoint.tensors) as advance:
+            checkpoint.write(directory, advance)
+        made = locate(str(directory))
+        return dataclasses.replace(made, source=Source(id=f"{name} (random weights)", sha256=made.source.sha256))
 
     @cached_property
     def device(self) -> torch.device:
@@ -190,6 +242,8 @@ class Job:
         """Questions drawn evenly from several data sets."""
         from infoprune_export.data.vqa import load_questions
 
+        if self.options.random_weights:
+            return self._synthetic_questions(samples)
         if not sources:
             raise InputError("no calibration data", where=self.recipe.origin or self.recipe.name, mend="name some with --calibration PATH")
         share = None if samples is None else -(-samples // len(sources))
@@ -199,6 +253,22 @@ class Job:
             limits = [x for x in (share, s.samples) if x is not None]
             drawn += load_questions(s.path, s.split, min(limits, default=None), self.options.seed).questions
         return drawn if samples is None else drawn[:samples]
+
+    def _synthetic_questions(self, samples: int | None) -> list[Any]:
+        """Random words, as many as the workload has text tokens, each prompt about an image of its own."""
+        from infoprune_export.data.synthetic import synthetic_questions
+
+        vocabulary = self.prompts.tokenizer.get_vocab()
+        words = sorted((word for word in vocabulary if not word.startswith("<")), key=vocabulary.__getitem__)
+        before = len(self.prompts.encode(words[0])) - 1  # what begins every prompt
+        return synthetic_questions(
+            words,
+            samples or self.recipe.samples,
+            length=max(1, self.workload.text_tokens - before),
+            answer=min(self.workload.new_tokens, SYNTHETIC_ANSWER),
+            side=self.images.output_size[0],
+            seed=self.options.seed,
+        )
 
     def data_fingerprint(self) -> list[str]:
         """Names the contents of all data that a run reads."""

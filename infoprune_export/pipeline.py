@@ -56,18 +56,18 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
     """
     require_export()
     check_output(options.out)
-    job = Job(recipe, options, progress)
-    if recipe.kept < TRAINING_ADVISED and not recipe.train_steps and not options.plan:
-        job.progress.note(f"keeping {recipe.budget} without training costs accuracy; --train-steps 400 can win much of it back")
-    return run(job)
+    with Job(recipe, options, progress) as job:
+        if recipe.kept < TRAINING_ADVISED and not recipe.train_steps and not options.plan and not options.random_weights:
+            job.progress.note(f"keeping {recipe.budget} without training costs accuracy; --train-steps 400 can win much of it back")
+        return run(job)
 
 
 def run(job: Job) -> tuple[Bundle, Report]:
     """Runs every stage of a job; see `export_bundle`."""
     recipe, options, progress = job.recipe, job.options, job.progress
+    _check_targets(recipe, options)  # first: the weights may yet have to be fetched or made
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
-    _check_targets(recipe, options)
     job.check_training()
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
@@ -224,6 +224,7 @@ def _manifest(job: Job, root: Path, dtypes: list[Dtype]) -> Manifest:
             compressed=after,
             parts={p: {"original": original[p], "compressed": compressed[p]} for p in original},
         ),
+        random_weights=job.options.random_weights,
         files={},
     )
 
@@ -236,7 +237,8 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     out = options.out
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
-    plan = Job(recipe, options, progress).make_plan()
+    with Job(recipe, options, progress) as job:
+        plan = job.make_plan()
     if is_first():  # the processes of a launch all come to the same plan
         plan.save(out)
     return plan

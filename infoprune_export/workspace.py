@@ -10,7 +10,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -74,12 +75,8 @@ class Workspace:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
         if refused:
-            for directory in self._made:
-                try:
-                    directory.rmdir()
-                except OSError:
-                    break
-        if error is not None and _is_full_disk(error):
+            _remove_empty(self._made)
+        if error is not None and is_full_disk(error):
             raise NotEnough(
                 "the disk is full, or a file may not grow further",
                 where=self.out.parent,
@@ -115,6 +112,15 @@ class Workspace:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, up to one that holds something."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            break
+
+
 def check_output(out: Path) -> None:
     """Refuses to write where something else than a bundle is.
 
@@ -147,10 +153,57 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
+    """A locked folder beside an output, for what a run makes and does not keep.
+
+    It is removed at the end, and when the run is refused; a killed or interrupted run leaves it to the same command.
+
+    Args:
+        out: The run's output.
+        name: What the folder is for.
+        resume: Take over what an earlier run left in it.
+
+    Raises:
+        InputError: another run has it, or it cannot be made.
+        NotEnough: the disk is full.
+    """
+    check_output(out)
+    out = out.absolute()
+    folder, lock_path = (out.with_name(f".{out.name}.{name}{suffix}") for suffix in ("", ".lock"))
+    made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(lock_path, out)
+    except OSError as e:
+        raise InputError(f"cannot be written ({e.strerror})", where=out.parent, mend="choose another --out") from None
+    done = False
+    try:
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        done = True
+    except InfoPruneError:
+        done = True
+        raise
+    except Exception as e:
+        if is_full_disk(e):
+            done = True
+            raise NotEnough("the disk is full, or a file may not grow further", where=out.parent, mend="make space and run it again") from e
+        raise
+    finally:
+        if done:
+            shutil.rmtree(folder, ignore_errors=True)
+        lock_path.unlink(missing_ok=True)
+        lock.close()
+        if done:
+            _remove_empty(made)
+
+
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _is_full_disk(error: BaseException) -> bool:
+def is_full_disk(error: BaseException) -> bool:
     """Whether an error is the disk's: Python's own, or one that a library written in another language tells as text."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True

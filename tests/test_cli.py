@@ -93,18 +93,12 @@ def test_missing_tensors(run, model_copy, tmp_path):
 
     tensors = load_file(model_copy / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "q_proj" not in k}, model_copy / "model.safetensors", metadata={"format": "pt"})
-    assert "tensors do not fit the config (missing keys" in refused(run, model_copy, tmp_path)
+    assert "tensors do not fit the config (missing: " in refused(run, model_copy, tmp_path)
 
 
 def test_pickle_weights_are_refused(run, model_copy, tmp_path):
     (model_copy / "model.safetensors").rename(model_copy / "pytorch_model.bin")
     assert "has pickle weights only (pytorch_model.bin)" in refused(run, model_copy, tmp_path)
-
-
-def test_missing_shard(run, model_copy, tmp_path):
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    (model_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "shard model-00001-of-00002.safetensors is missing" in refused(run, model_copy, tmp_path)
 
 
 def test_misspelt_recipe_names_line_and_field(run, tmp_path):

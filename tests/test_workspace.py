@@ -11,7 +11,7 @@ import time
 import pytest
 
 from infoprune_export.errors import InputError, NotEnough
-from infoprune_export.workspace import Workspace, check_disk
+from infoprune_export.workspace import Workspace, check_disk, side_folder
 
 
 def _finish(out, key="k", text="new"):
@@ -116,3 +116,46 @@ def test_a_full_disk_is_said_and_resumable(tmp_path):
 def test_disk_is_checked_before_the_work(tmp_path):
     with pytest.raises(NotEnough, match="--no-original"):
         check_disk(tmp_path / "out", 10**18)
+
+
+# A folder beside the output
+
+
+def test_what_a_run_does_not_keep_is_removed_at_its_end(tmp_path):
+    with side_folder(tmp_path / "deep" / "out", "random") as folder:
+        folder.mkdir()
+        (folder / "x").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_run_leaves_nothing_and_an_interrupted_one_its_work(tmp_path):
+    out = tmp_path / "deep" / "out"
+    for error, left in ((InputError("refused"), False), (KeyboardInterrupt(), True)):
+        with pytest.raises(type(error)), side_folder(out, "random") as folder:
+            folder.mkdir()
+            (folder / "x").touch()
+            raise error
+        assert (folder / "x").exists() is left
+        assert out.parent.exists() is left
+    with side_folder(out, "random") as folder:
+        assert (folder / "x").exists()
+    with pytest.raises(KeyboardInterrupt), side_folder(out, "random") as folder:
+        folder.mkdir()
+        raise KeyboardInterrupt
+    with side_folder(out, "random", resume=False) as folder:
+        assert not folder.exists()
+
+
+def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
+    with side_folder(tmp_path / "out", "random") as folder:
+        folder.mkdir()
+        with pytest.raises(InputError, match="another run is writing"), side_folder(tmp_path / "out", "random"):
+            pass
+        assert folder.exists()
+
+
+def test_a_disk_that_fills_while_the_folder_is_written(tmp_path):
+    with pytest.raises(NotEnough, match="disk is full"), side_folder(tmp_path / "out", "random") as folder:
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

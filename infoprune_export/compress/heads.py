@@ -75,17 +75,19 @@ def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: f
         energy = float(torch.trace(w @ c @ w.T))
         a = w / energy**0.5 if energy > 0 else w
     outputs = a @ c @ a.T
-    seen = a  # from which directions of the output the spectra with and without a unit are compared: all of them
-    if len(outputs) > WIDE:
+    whole, seen, beyond = spectrum_of_moment(outputs), a, 1.0
+    if len(outputs) > WIDE:  # spectra with and without a unit are compared where most mass is, and the rest counts in proportion
         top = top_eigenvectors(outputs, SUBSPACE)
-        seen, outputs = top.T @ a, top.T @ outputs @ top
-    whole, mixed = spectrum_of_moment(outputs), seen @ c
+        seen, outputs, mass = top.T @ a, top.T @ outputs @ top, float(whole.sum())
+        whole = spectrum_of_moment(outputs)
+        beyond = mass / float(whole.sum()) if mass else 1.0
+    mixed = seen @ c
     scores = []
     for group in range(attention.kv_groups):
         own = columns(attention, group)
         shared = mixed[:, own] @ seen[:, own].T
         without = outputs - shared - shared.T + seen[:, own] @ c[own][:, own] @ seen[:, own].T
-        ks = ks_distance(whole, spectrum_of_moment(without), absolute=True)
+        ks = beyond * ks_distance(whole, spectrum_of_moment(without), absolute=True)
         c_own = symmetric_power(c[own][:, own], 0.5)
         information = effective_rank(spectrum_of_moment(c_own @ a[:, own].T @ a[:, own] @ c_own)) / len(own)
         scores.append(UnitScore(group, information, ks, ks * (1 - erank_weight + erank_weight * information)))

@@ -15,6 +15,7 @@ from infoprune_export.errors import InputError, NotEnough
 from infoprune_export.hashes import file_sha256
 from infoprune_export.memory import memory
 from infoprune_export.models.families import check_family
+from infoprune_export.models.hub import fetch, is_hub_id, known_sha256
 from infoprune_export.plans import Source
 
 if TYPE_CHECKING:
@@ -35,16 +36,21 @@ PROCESSOR_FILES = (
     "config.json",
 )
 """What AutoProcessor and a runtime read beside the weights."""
+INDEX = "model.safetensors.index.json"
+FLOATS, INTEGERS = ("BF16", "F16", "F32", "F64"), ("I64", "BOOL")
+"""Types of weights, and of the positions and masks that some checkpoints keep beside them."""
+UNQUANTISED = "take the checkpoint that it was made from, in float16, bfloat16 or float32"
 
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A checkpoint on disk that was looked at but not loaded yet."""
+    """A checkpoint on disk that was looked at but not loaded yet; `types` are those of its weights, as safetensors calls them."""
 
     directory: Path
     source: Source
     config: dict[str, Any]
     family: str
+    types: tuple[str, ...] = ()
 
     @property
     def licence(self) -> str | None:
@@ -137,21 +143,11 @@ def locate(model: str, base: Path | None = None, revision: str | None = None, pr
         prepare: How to get the model where there is no such directory.
 
     Raises:
-        InputError: not a model, unknown family, pickle weights, corrupt safetensors.
+        InputError: not a model, unknown family, pickle weights, corrupt or incomplete safetensors, quantised weights.
     """
-    if model.startswith("package:"):
-        directory = Path(str(resources.files("infoprune_export.models"))) / model.removeprefix("package:")
-        source_id = model
-    elif (candidate := (base or Path()) / model).exists():
-        directory, source_id = candidate, candidate.resolve().name
-    elif model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        directory, source_id = _download(model, revision), model
-    else:
-        raise InputError(
-            "no such model directory",
-            where=model,
-            mend=prepare or "name a recipe, a recipe file, a model directory or a hub id org/name",
-        )
+    directory, source_id = _local(model, base)
+    if directory is None:
+        directory = fetch(_checked_id(model, prepare), revision)
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise InputError("is not a model directory (no config.json)", where=directory)
@@ -162,27 +158,58 @@ def locate(model: str, base: Path | None = None, revision: str | None = None, pr
     if not isinstance(config, dict):
         raise InputError("not a model config", where=config_path)
     family = check_family(config, config_path)
-    return SourceModel(directory, Source(id=source_id, sha256=_hash_weights(directory)), config, family)
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise InputError(f"the weights are quantised ({method or 'quantization_config'})", where=config_path, mend=UNQUANTISED)
+    types = check_tensors(directory)
+    return SourceModel(directory, Source(id=source_id, sha256=_hash_weights(directory)), config, family, types)
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def locate_config(model: str, base: Path | None = None, revision: str | None = None, prepare: str | None = None) -> tuple[Path, str]:
+    """Finds the config of a model whose weights need not be at hand; that of some comes with the package.
 
-    try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
-            )
-        )
-    except RepositoryNotFoundError:
-        raise InputError(
-            "no such repository on the hub, or it is gated", where=repo, mend="check the name; set HF_TOKEN for gated models"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise InputError(
-            f"cannot be fetched from the hub ({type(e).__name__})", where=repo, mend="check the network, or name a local model directory"
-        ) from None
+    Args:
+        model: See `locate`.
+        base: Likewise.
+        revision: Likewise.
+        prepare: Likewise.
+
+    Returns:
+        The config's file, and what the model is called.
+
+    Raises:
+        InputError: nowhere to be found.
+    """
+    directory, source_id = _local(model, base)
+    if directory is None:
+        if packaged := packaged_config(model):
+            return packaged, source_id
+        directory = fetch(_checked_id(model, prepare), revision, ["config.json"])
+    if not (path := directory / "config.json").is_file():
+        raise InputError("is not a model directory (no config.json)", where=directory)
+    return path, source_id
+
+
+def packaged_config(model: str) -> Path | None:
+    """The config that comes with the package for a hub id, or for the directory that a packaged recipe names."""
+    name = model.removeprefix("./").replace("/", "--")
+    path = Path(str(resources.files("infoprune_export.models"))) / "configs" / f"{name}.json"
+    return path if path.is_file() else None
+
+
+def _local(model: str, base: Path | None) -> tuple[Path | None, str]:
+    """The directory that a model is in, None where it is not on this machine, and what the model is called."""
+    if model.startswith("package:"):
+        return Path(str(resources.files("infoprune_export.models"))) / model.removeprefix("package:"), model
+    candidate = (base or Path()) / model
+    return (candidate, candidate.resolve().name) if candidate.exists() else (None, model)
+
+
+def _checked_id(model: str, prepare: str | None) -> str:
+    if not is_hub_id(model):
+        mend = prepare or "name a recipe, a recipe file, a model directory or a hub id org/name"
+        raise InputError("no such model directory", where=model, mend=mend)
+    return model
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -191,11 +218,11 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         InputError: none, a missing shard, or pickle weights only.
     """
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as e:
+            names = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as e:
             raise InputError(f"is not a weight index ({e})", where=index) from None
         for name in names:
             if os.path.basename(name) != name or not (directory / name).is_file():
@@ -213,18 +240,47 @@ def weight_files(directory: Path) -> list[Path]:
     raise InputError("has no weights (model.safetensors)", where=directory)
 
 
-def _hash_weights(directory: Path) -> str:
-    """One hash over the config and the weight files, which name the network whatever the directory is called."""
+def check_tensors(directory: Path) -> tuple[str, ...]:
+    """Makes sure that every tensor of a checkpoint is there, and of a type to compute with.
+
+    Returns:
+        The types of its weights as safetensors calls them, sorted.
+
+    Raises:
+        InputError: a damaged file, a tensor of the index that its shard has not, or weights of another type than a float's.
+    """
     from safetensors import SafetensorError, safe_open
 
-    digest = hashlib.sha256()
-    files = weight_files(directory)
-    for path in files:
+    types: dict[str, dict[str, str]] = {}
+    for path in weight_files(directory):
         try:
             with safe_open(path, "np") as f:
-                f.keys()
+                types[path.name] = {key: f.get_slice(key).get_dtype() for key in f.keys()}  # noqa: SIM118 (not a mapping)
         except (SafetensorError, OSError) as e:
             raise InputError(f"is not a whole safetensors file ({e})", where=path, mend="fetch the checkpoint again") from None
-    for path in [directory / "config.json", *files]:
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+        odd = {key: t for key, t in types[path.name].items() if t not in FLOATS and t not in INTEGERS}
+        if odd:
+            key, kind = next(iter(sorted(odd.items())))
+            raise InputError(f"{len(odd)} tensors are quantised (the first, {key}, is {kind})", where=path, mend=UNQUANTISED)
+    index = directory / INDEX
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+    if absent := sorted(key for key, shard in named.items() if key not in types[shard]):
+        what = f"names {len(absent)} tensors that their shards do not have (the first, {absent[0]}, in {named[absent[0]]})"
+        raise InputError(what, where=index, mend="fetch the checkpoint again")
+    return tuple(sorted({t for shard in types.values() for t in shard.values() if t in FLOATS}))
+
+
+def _hash_weights(directory: Path) -> str:
+    """One hash over the config and the weight files, which name the network whatever the directory is called.
+
+    Raises:
+        InputError: a file from the hub is not what the hub has.
+    """
+    digest = hashlib.sha256()
+    for path in [directory / "config.json", *weight_files(directory)]:
+        found, known = file_sha256(path), known_sha256(path)
+        if known not in (None, found):
+            mend = f"remove it, and it is fetched again: rm {path.resolve()}"
+            raise InputError("is not the file that the hub has (sha256 differs)", where=path, mend=mend)
+        digest.update(f"{path.name}:{found}\n".encode())
     return digest.hexdigest()

@@ -37,9 +37,10 @@ def summary_table(report: Report) -> RenderableType:
     if report.latency_budget:
         asked = f"{figures.latency_budget(report)}; of the FLOPs"
     head = Text.assemble((report.name, "bold"), f": {asked}, kept {flops.achieved:.4f}")
+    random = [Text("random weights: times and sizes mean something, answers do not", style="bold yellow")] if report.random_weights else []
     of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
     trained = [Text(f"trained: {report.training}", style="dim")] if report.training else []
-    return Group(head, of, *trained, table, *_verdicts(report), *_missing(report))
+    return Group(head, *random, of, *trained, table, *_verdicts(report), *_missing(report))
 
 
 def latency_table(report: Report) -> RenderableType:

@@ -31,6 +31,7 @@ from infoprune_export.validation.report import (
     judge,
 )
 
+NO_ACCURACY = "the weights are random and have no accuracy"
 Notify = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how much of it is done, and of how much."""
@@ -71,10 +72,12 @@ def validate_bundle(
 
     Raises:
         InputError: a bundle without a reference, an `original` of another model, a workload that is not the
-            model's, or an engine asked for by name that the bundle does not hold.
+            model's, an engine asked for by name that the bundle does not hold, or accuracy of random weights.
         MissingRequirement: this machine cannot run an engine asked for by name.
     """
     manifest = bundle.manifest
+    if manifest.random_weights and (evaluation or max_drop is not None):
+        raise InputError(NO_ACCURACY, where=bundle.path, mend="ask for times and numerics alone, or compress the model's own weights")
     run = Run(bundle, find_baseline(bundle, original), threads, notify, progress)
     inputs = run.inputs(workload or manifest.workload)
     runnable = run.check_numerics(engines)
@@ -189,6 +192,9 @@ class Run:
 
     def measure_accuracy(self, variants: Sequence[Variant], evaluation: Mapping[str, DataSource]) -> None:
         """Accuracy of both networks through the first variant on every task whose data is at hand."""
+        if self.report.random_weights:
+            self.skip("accuracy", NO_ACCURACY)
+            return
         if not evaluation:
             self.skip("accuracy", "no evaluation data was given; name some under `evaluation` in the recipe")
             return

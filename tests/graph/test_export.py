@@ -187,3 +187,15 @@ def test_equal_weights_stay_apart(tmp_path):
     export_graphs(model, find_anatomy(model), tmp_path)
     names = {i.name for i in onnx.load(tmp_path / graph_file(VISION), load_external_data=False).graph.initializer}
     assert {f"model.vision_tower.encoder.layers.0.self_attn.{n}_proj.bias" for n in "qkv"} <= names
+
+
+def test_a_model_laid_out_gives_the_same_files(tmp_path):
+    from infoprune_export.models.load import locate
+
+    build("clip", "qwen2").save_pretrained(tmp_path / "model")
+    source = locate(str(tmp_path / "model"))
+    for name, model in (("whole", source.load_model()), ("laid out", source.open_model())):
+        export_graphs(model, find_anatomy(model), tmp_path / name, "fp16")
+    files = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert len(files) == 6
+    assert all((tmp_path / "whole" / f).read_bytes() == (tmp_path / "laid out" / f).read_bytes() for f in files)
