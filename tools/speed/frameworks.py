@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlavaForConditionalGeneration, StaticCache
 
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.engines.onnxruntime import build as build_engine
@@ -40,7 +41,8 @@ def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, 
     """
     source = read(packaged()[recipe])
     workload, located = source.workload, locate(source.model, prepare=source.prepare)
-    model = located.load_model()
+    # As PyTorch's own users load it: the package lays models out so that layers come when their turn does.
+    model = LlavaForConditionalGeneration.from_pretrained(located.directory, dtype=torch.float32).eval().requires_grad_(False)
     anatomy = find_anatomy(model)
     graphs = export_graphs(model, anatomy, work / "onnx")
     engines = {name: OrtEngine.open(build_engine(path, work / "ort" / path.name), threads) for name, path in graphs.items()}
@@ -79,8 +81,6 @@ class _Compiled:
     """The same through torch.compile, with a cache of fixed size, so that prompt and token are compiled once each."""
 
     def __init__(self, model: torch.nn.Module, inputs: Inputs, new_tokens: int):
-        from transformers import StaticCache
-
         torch.compiler.reset()
         self.ids, self.new_tokens = torch.from_numpy(np.asarray(inputs.input_ids[0]))[None], new_tokens
         self.pixels = None if inputs.pixel_values is None else torch.from_numpy(inputs.pixel_values)
