@@ -22,8 +22,9 @@ from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, require_export, resolve
 from infoprune_export.plans import Plan
+from infoprune_export.precision import Dtype, WeightType
 from infoprune_export.progress import Progress
-from infoprune_export.recipe import Dtype, Scope, TargetName
+from infoprune_export.recipe import Scope, TargetName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -110,6 +111,7 @@ def export(
     *,
     targets: Sequence[TargetName] = ("ort",),
     dtype: Dtype | None = None,
+    weights: WeightType | None = None,
     archs: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
@@ -124,6 +126,7 @@ def export(
         out: The bundle's directory.
         targets: What to build; `onnx/` is always written.
         dtype: Type of the graphs; fp32 for ort, fp16 for trt when None.
+        weights: Also quantise the matrices, to int8 or int4.
         archs: GPU architectures for TensorRT.
         threads: CPU threads.
         progress: Told about the work.
@@ -139,7 +142,9 @@ def export(
     require_export()
     with tempfile.TemporaryDirectory() as directory:
         options = Options(out=Path(out), archs=list(archs), threads=threads, original=False)
-        job = _InMemory(model, processor, Path(directory), list(targets), dtype, options, progress)
+        job = _InMemory(
+            model, processor, Path(directory), {"targets": list(targets), "dtype": dtype, "weights": weights}, options, progress
+        )
         bundle, _ = run(job)
     return bundle
 
@@ -199,8 +204,7 @@ class _InMemory(Job):
         model: PreTrainedModel,
         processor: ProcessorMixin,
         directory: Path,
-        targets: list[TargetName],
-        dtype: Dtype | None,
+        given: dict[str, Any],
         options: Options,
         progress: Progress | None,
     ):
@@ -216,9 +220,7 @@ class _InMemory(Job):
 
         # A compressed network under the name of a checkpoint: nothing reads it as one, since original and factors are not asked for.
         save_model(model, directory / "model.safetensors")
-        recipe = resolve(
-            str(directory), {"targets": targets, "dtype": dtype, "flops": self.plan.budget.requested, "scope": self.plan.budget.scope}
-        )
+        recipe = resolve(str(directory), {**given, "flops": self.plan.budget.requested, "scope": self.plan.budget.scope})
         super().__init__(recipe.model_copy(update={"name": options.out.name}), options, progress)
 
     @cached_property

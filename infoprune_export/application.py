@@ -40,11 +40,12 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
     Args:
         plan_file: plan.json, its factors.safetensors beside it.
         bundle_dir: A bundle that holds its original.
-        out: Gets `onnx/`, the plan and the factors.
+        out: Gets `onnx/`, with quantised graphs where the bundle has such, the plan and the factors.
 
     Raises:
         InputError: no original in the bundle, no factors, another model's plan, or the output directory is in use.
     """
+    from infoprune_export.engines.build import add_quantised
     from infoprune_export.graph.rewrite import rewrite_graphs
 
     _check_empty(out)
@@ -62,6 +63,8 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
     try:
         for dtype in bundle.manifest.dtypes:
             rewrite_graphs(bundle.root(original=True) / "onnx", plan, factors, temporary / "onnx", dtype)
+        if bundle.manifest.weights:
+            add_quantised(temporary / "onnx", bundle.manifest.dtypes, bundle.manifest.weights.type)
         for name in ("plan.json", "factors.safetensors"):
             shutil.copyfile(plan_file.with_name(name), temporary / name)
         if out.exists():

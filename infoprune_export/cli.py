@@ -119,6 +119,11 @@ SHARED: dict[str, Callable] = {
     "dtype": click.option(
         "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Type of the graphs.  [default: fp32 for ort on CPU, fp16 for trt]"
     ),
+    "weights": click.option(
+        "--weights",
+        type=click.Choice(["int8", "int4"]),
+        help="Also quantise the compressed network's matrices, block by block, beside its float graphs.  [default: the recipe's, else off]",
+    ),
     "out": click.option("--out", type=click.Path(path_type=Path), help="Output directory.  [default: build/<name>]"),
     "gpu_arch": click.option(
         "--gpu-arch",
@@ -177,10 +182,9 @@ def cli() -> None:
 
 
 @cli.command()
-@_options("model", "target", "flops", "latency", "scope", "dtype", "out", "gpu_arch", "calibration", "samples", "train_steps", "plan")
-@_options(
-    "random_weights", "dry_run", "original", "resume", "seed", "device", "threads", "max_drop", "min_speedup", "json", "verbose", "quiet"
-)
+@_options("model", "target", "flops", "latency", "scope", "dtype", "weights", "out", "gpu_arch", "calibration", "samples")
+@_options("train_steps", "plan", "random_weights", "dry_run", "original", "resume", "seed", "device", "threads", "max_drop")
+@_options("min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
     from infoprune_export import job, launched, pipeline
@@ -233,14 +237,14 @@ def apply(plan_file: Path, to: str, **given: Any) -> None:
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--target", "targets", type=click.Choice(["ort", "trt"]), multiple=True, required=True, help="What to build; repeatable.")
-@_options("gpu_arch", "verbose", "quiet")
-def build(directory: Path, targets: tuple[str, ...], archs: list[str], **given: Any) -> None:
+@_options("weights", "gpu_arch", "verbose", "quiet")
+def build(directory: Path, targets: tuple[str, ...], weights: str | None, archs: list[str], **given: Any) -> None:
     """Build engines from a bundle's graphs, on this device; needs no PyTorch."""
     from infoprune_export.engines.build import build_bundle
 
     progress = _progress(given)
     for target in targets:
-        for path in build_bundle(directory, target, archs=archs, progress=progress):
+        for path in build_bundle(directory, target, weights=weights, archs=archs, progress=progress):
             _say(str(path))
 
 

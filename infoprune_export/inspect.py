@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infoprune_export.bundle import MANIFEST, Bundle
+from infoprune_export.bundle import MANIFEST, Bundle, Manifest
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Layer, Linear
 from infoprune_export.models.flops import DENOMINATORS, layer_flops, tower_passes
@@ -121,6 +121,7 @@ def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
         "workload": m.workload.model_dump(),
         "targets": m.targets,
         "dtypes": m.dtypes,
+        "weights": m.weights.model_dump() if m.weights else None,
         "files": {k: r.bytes for k, r in m.files.items()},
     }
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
@@ -130,9 +131,15 @@ def _bundle(bundle: Bundle) -> tuple[dict[str, Any], list[Any]]:
         table.add_row(name, f"{record.bytes / 1e6:.2f}")
     return facts, [
         f"{m.source.id}: {m.flops.achieved:.4f} of the FLOPs kept, {plan.budget.asked} asked ({m.flops.denominator}; {m.workload})",
+        *([_quantised(m)] if m.weights else []),
         table,
         *plan_tables(plan)[1:],
     ]
+
+
+def _quantised(m: Manifest) -> str:
+    counts = ", ".join(f"{c.matrices} matrices of {name} in {c.type}" for name, c in m.weights.components.items())
+    return f"also with {m.weights.type} weights in blocks of {m.weights.block_size} ({', '.join(m.quantised)}): {counts}"
 
 
 def _graph(path: Path) -> tuple[dict[str, Any], list[Any]]:

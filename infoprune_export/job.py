@@ -111,7 +111,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
             f"no recipe, file or directory {model!r}{near(model, list(names))}",
             mend=f"recipes: {', '.join(names)}; or name a recipe file, a model directory or a hub id org/name",
         )
-    fields = ("flops", "latency", "scope", "dtype", "samples", "train_steps", "max_drop", "min_speedup")
+    fields = ("flops", "latency", "scope", "dtype", "weights", "samples", "train_steps", "max_drop", "min_speedup")
     changes: dict[str, Any] = {k: given[k] for k in fields if given.get(k) is not None}
     if {"flops", "latency"} & changes.keys():  # what is asked for here stands in place of the recipe's budget
         changes = {"flops": 1.0, "latency": None, **changes}

@@ -1,6 +1,7 @@
 """The main job, stage by stage. Read this first.
 
-    source -> statistics -> plan + factors -> smaller model -> training -> reference -> graphs -> engines -> validation -> bundle
+    source -> statistics -> plan + factors -> smaller model -> training -> reference -> graphs -> quantised graphs -> engines
+           -> validation -> bundle
 
 Each stage writes into the work folder and is skipped by a later run of the same command that finds it done.
 Only this module knows the order; the wings below it do not know one another.
@@ -21,8 +22,9 @@ from infoprune_export.job import Job, Options, copy_processor_files, require_exp
 from infoprune_export.launched import announce, is_first, processes, wait
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
+from infoprune_export.precision import Dtype, quantised
 from infoprune_export.progress import Progress
-from infoprune_export.recipe import DataSource, Dtype, Recipe
+from infoprune_export.recipe import DataSource, Recipe
 from infoprune_export.workspace import Workspace, check_disk, check_output
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def run(job: Job) -> tuple[Bundle, Report]:
     weights = sum(p.stat().st_size for p in _weight_files(job))
     # Training keeps the untrained network and a checkpoint: weights, two moments of each, the best weights so far.
     training = 6 * bool(recipe.train_steps)
-    check_disk(options.out, weights * (2 + len(dtypes) + 2 * keep_original + training))
+    check_disk(options.out, weights * (2 + len(dtypes) * (2 if recipe.weights else 1) + 2 * keep_original + training))
     with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
         root = space.path
         job.scratch = space.scratch
@@ -87,6 +89,8 @@ def run(job: Job) -> tuple[Bundle, Report]:
         plan = job.adopt(Plan.read(root / "plan.json"))
         space.stage("reference", lambda: _reference(job, root, progress))
         space.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
+        if recipe.weights:
+            space.stage("weights", lambda: _quantise(recipe, root, dtypes, progress))
         space.stage("engines", lambda: _engines(recipe, plan, root, options, keep_original, progress))
         bundle = Bundle(root, _manifest(job, root, dtypes))
         report = _validate(job, bundle)
@@ -183,6 +187,13 @@ def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, prog
             rewrite_graphs(root / "original" / "onnx", plan, plan.factors or {}, root / "onnx", dtype)
 
 
+def _quantise(recipe: Recipe, root: Path, dtypes: list[Dtype], progress: Progress) -> None:
+    """The smaller network once more, its matrices quantised; the original stays as it is."""
+    from infoprune_export.engines.build import add_quantised
+
+    add_quantised(root / "onnx", dtypes, recipe.weights, progress)
+
+
 def _engines(recipe: Recipe, plan: Plan, root: Path, options: Options, keep_original: bool, progress: Progress) -> None:
     from infoprune_export.engines.build import build_into
 
@@ -194,10 +205,14 @@ def _engines(recipe: Recipe, plan: Plan, root: Path, options: Options, keep_orig
             name = "compressed" if place == root else "original"
             with progress.step(f"building the {name} network for {target}"):
                 shutil.rmtree(place / "engines" / target, ignore_errors=True)
-                build_into(place, target, plan.workload, dtype_of(recipe, target), options.archs)
+                dtype = dtype_of(recipe, target)
+                build_into(place, target, plan.workload, dtype, options.archs)
+                if recipe.weights and place == root:
+                    build_into(place, target, plan.workload, quantised(dtype, recipe.weights), options.archs)
 
 
 def _manifest(job: Job, root: Path, dtypes: list[Dtype]) -> Manifest:
+    from infoprune_export.engines.quantise import describe
     from infoprune_export.graph.count import count_bundle
 
     plan = Plan.read(root / "plan.json")
@@ -215,6 +230,7 @@ def _manifest(job: Job, root: Path, dtypes: list[Dtype]) -> Manifest:
         workload=plan.workload,
         dtypes=dtypes,
         targets=job.recipe.targets,
+        weights=describe(root / "onnx", dtypes[0], job.recipe.weights) if job.recipe.weights else None,
         flops=Flops(
             denominator=DENOMINATORS[plan.budget.scope],
             scope=plan.budget.scope,

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import TowerName
+from infoprune_export.precision import Dtype, WeightType
 
 Scope = Literal["all", "vision", "language"]
-Dtype = Literal["fp32", "fp16", "bf16"]
 TargetName = Literal["onnx", "ort", "trt"]
 HeadRuleName = Literal["ks", "ks-activation", "random", "magnitude", "michel", "taylor", "flap", "wanda-sp"]
 HeadRankingName = Literal["global", "flops", "layer"]
@@ -168,6 +168,7 @@ class Recipe(_Strict):
     scope: Scope = "all"
     targets: list[TargetName] = ["ort"]
     dtype: Dtype | None = None
+    weights: WeightType | None = Field(None, description="also quantise the compressed network's matrices, block by block")
     criterion: Criterion = Criterion()
     calibration: list[DataSource] = []
     samples: int = Field(64, ge=1, description="calibration questions")

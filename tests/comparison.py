@@ -13,16 +13,19 @@ import onnxruntime as ort
 import torch
 
 from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_file
+from infoprune_export.precision import float_type
 
 
 class Graphs:
     """The three graphs of a directory in ONNX Runtime."""
 
     def __init__(self, directory: Path, dtype: str = "fp32"):
+        """The graphs of a precision; those with quantised weights multiply in float."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self.element = {"fp32": np.float32, "fp16": np.float16}[dtype]
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+        self.element = {"fp32": np.float32, "fp16": np.float16}[float_type(dtype)]
         self.sessions = {
             c: ort.InferenceSession(str(directory / graph_file(c, dtype)), options, providers=["CPUExecutionProvider"]) for c in COMPONENTS
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures how much of the cut in FLOPs arrives as time, through ONNX Runtime on the CPU, and our dense engines against their peers.
 
-    python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some 35 minutes, 12 GB of memory
+    python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some 45 minutes, 12 GB of memory
     python tools/bench_speed.py --quick --out DIR   # small slices and few seconds, without what needs smol-llava
 
 With --only, what OUT has of other sections stays; each says at which commit it was measured. Every ratio is of medians from one
@@ -14,6 +14,7 @@ run in which the sides take turns.
     dense7b    the same, two layers of Llama-7B's sizes
     decode     a token by the tokens in the cache, and by the cache's capacity
     export     our export against `transformers.exporters`: time and peak memory
+    int4       int4 weights on top of the compressed network
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS, QUICK_LAYERS = 4, 1
-SECTIONS = ("llava7b", "tiny", "smol", "frameworks", "dense", "dense7b", "decode", "export")
-QUICK = ("llava7b", "tiny", "dense", "decode", "export")
+SECTIONS = ("llava7b", "tiny", "smol", "frameworks", "dense", "dense7b", "decode", "export", "int4")
+QUICK = ("llava7b", "tiny", "dense", "decode", "export", "int4")
 CHECKPOINTS = {"tiny-llava": ROOT / "infoprune_export" / "models" / "tiny_llava", "smol-llava": ROOT / "build" / "smol-llava-model"}
 """What is exported; where both are, the larger one's ratios are the checks."""
 SCALARS = (
@@ -47,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Returns the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help=f"slices of {QUICK_LAYERS} layer, without {' and '.join(set(SECTIONS) - set(QUICK))}"
+        "--quick", action="store_true", help=f"slices of {QUICK_LAYERS} layer, without {', '.join(x for x in SECTIONS if x not in QUICK)}"
     )
     parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be repeated")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime (default: %(default)s)")
@@ -79,6 +80,13 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("dense", "dense7b"):
         for part, x in found.get(name, {}).get("parts", {}).items():
             checks.append({"name": f"{name}.{part}.over_genai", "value": x["over_genai"]})
+    if "int4" in found:
+        bundle, decode = found["int4"]["bundle"], found["int4"]["parts"]["decode"]
+        checks += [
+            {"name": "int4.size_ratio", "value": bundle["size_ratio"]},
+            {"name": "int4.decode_speedup", "value": decode["speedup"]},
+            {"name": "int4.accuracy_drop_points", "value": bundle["drop_points"]},
+        ]
     return [c | {"value": round(c["value"], 3)} for c in checks]
 
 
@@ -110,9 +118,23 @@ def table(found: dict[str, Any], not_measured: list[dict[str, str]], threads: in
         lines += ["| ms | " + " | ".join(f"{t['median_ms']:.4g}" for t in x["length"].values()) + " |", ""]
         by_room = ", ".join(f"{room}: {t['median_ms']:.4g} ms" for room, t in x["capacity"].items())
         lines += [f"R^2 by a line {x['length_fit']:.4f}. By room at 100 tokens, {by_room}, ratio {x['capacity_slope']:.3f}."]
+    lines += _int4_lines(found["int4"]) if "int4" in found else []
     lines += [""] * bool(not_measured)
     lines += [f"- Not measured: {x['what']} ({x['reason']})" for x in not_measured]
     return "\n".join(lines) + "\n"
+
+
+def _int4_lines(found: dict[str, Any]) -> list[str]:
+    bundle = found["bundle"]
+    lines = ["", "## int4 weights on top", "", "| slices, compressed | float | int4 | speed-up | bytes of weights |"]
+    lines.append("|---|---|---|---|---|")
+    for part, x in found["parts"].items():
+        before, after = x["float"]["median_ms"], x["int4"]["median_ms"]
+        lines.append(f"| {part} | {before:.4g} ms | {after:.4g} ms | {x['speedup']:.2f}x | {x['bytes_ratio']:.3f} |")
+    tasks = ", ".join(f"{name} {t['original']:.3f}, {t['compressed']:.3f}, {t['quantised']:.3f}" for name, t in bundle["tasks"].items())
+    size, lost = bundle["size_ratio"], bundle["drop_points"]
+    lines += ["", f"tiny-llava's graphs with int4 weights have {size:.3f} of the float ones' bytes, embedding included, and"]
+    return [*lines, f"lose {lost:.2f} points of accuracy (original, compressed, int4: {tasks})."]
 
 
 def _slices(found: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.chdir(ROOT)  # recipes name models and data relative to where one works
     from quality.versions import commit
     from sections import Sections
-    from speed import bundles, capacity, exports, frameworks, genai, slices
+    from speed import bundles, capacity, exports, frameworks, genai, slices, weights
 
     from infoprune_export.engines.machine import machine_report
     from infoprune_export.pipeline import library_versions
@@ -185,6 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
             run.section("decode", lambda: capacity.measure(work / "decode", args.threads, args.seconds))
         if "export" in args.only:
             run.section("export", lambda: _exports(exports.measure, work / "export", 1 if args.quick else 3, args.quick))
+        if "int4" in args.only:
+            shape = slices.slice_of(QUICK_LAYERS if args.quick else LAYERS)
+            run.section("int4", lambda: weights.measure(shape, work / "int4", args.threads, args.seconds, quick=args.quick))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}

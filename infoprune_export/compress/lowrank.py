@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.moments import InputScale, Moments
-from infoprune_export.compress.spectra import WIDE, Root, spectrum_of_moment, top_eigenvectors
+from infoprune_export.compress.spectra import Root, spectrum_of_moment, top_eigenvectors, working_type
 from infoprune_export.compress.statistics import Statistics, input_side
 from infoprune_export.models.anatomy import Linear
 from infoprune_export.recipe import WeightingName
@@ -109,8 +109,9 @@ def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, see
 
 
 def _gram(weight: Tensor) -> Tensor:
-    """`W^T W` in float64; of a wide map in the precision that its weights have."""
-    return weight.T @ weight if weight.shape[1] <= WIDE else (weight.float().T @ weight.float()).double()
+    """`W^T W` in float64, computed in the working type."""
+    w = weight.to(working_type(weight))
+    return (w.T @ w).double()
 
 
 def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:

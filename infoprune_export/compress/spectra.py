@@ -1,7 +1,8 @@
 """Spectra and roots of moments: exact on small ones, and on wide ones by what gives the same answer in a fraction of the time.
 
-A wide moment (LLaVA-1.5-7B's are 4096 wide) is rooted by Cholesky instead of an eigendecomposition, and of a product's
-eigenvectors only the wanted ones are sought, by subspace iteration. docs/method.md says what that costs in accuracy.
+A wide moment (LLaVA-1.5-7B's are 4096 wide) is rooted by Cholesky instead of an eigendecomposition, products of wide
+matrices are computed in float32, and of a product's eigenvectors only the wanted ones are sought, by subspace iteration.
+docs/method.md says what that costs in accuracy.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Root:
 
     def around(self, matrix: Tensor) -> Tensor:
         """`R^T matrix R` of a symmetric matrix, symmetric."""
-        product = self.matrix.T @ matrix @ self.matrix
+        product = sandwich(self.matrix.T, matrix)
         return (product + product.T) / 2
 
 
@@ -71,9 +72,21 @@ def symmetric_power(matrix: Tensor, power: float, rtol: float = 1e-10) -> Tensor
     return (vectors * scaled) @ vectors.T
 
 
+def working_type(*matrices: Tensor) -> torch.dtype:
+    """What products of matrices are computed in: float64, float32 where one is wide."""
+    return torch.float32 if max(x for m in matrices for x in m.shape) > WIDE else torch.float64
+
+
+def sandwich(a: Tensor, b: Tensor) -> Tensor:
+    """`a b a^T` in float64, computed in the working type, shape [m, m]."""
+    dtype = working_type(a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    return (a @ b @ a.T).double()
+
+
 def spectrum_of_moment(moment: Tensor) -> Tensor:
-    """Singular values, descending, of any A with `A A^T = moment` (or `A^T A`), shape [n]."""
-    return torch.linalg.eigvalsh(moment).clamp_min(0).sqrt().flip(0)
+    """Singular values, descending, of any A with `A A^T = moment` (or `A^T A`), float64, shape [n]."""
+    return torch.linalg.eigvalsh(moment.to(working_type(moment))).clamp_min(0).double().sqrt().flip(0)
 
 
 def top_eigenvectors(matrix: Tensor, count: int) -> Tensor:
@@ -84,12 +97,14 @@ def top_eigenvectors(matrix: Tensor, count: int) -> Tensor:
     n = len(matrix)
     if n <= WIDE or count > 3 * n // 4:
         return torch.linalg.eigh(matrix).eigenvectors[:, -count:].flip(1)
-    start = torch.randn(n, count + OVERSAMPLING, dtype=matrix.dtype, generator=torch.Generator().manual_seed(n + count))
-    basis, before = torch.linalg.qr(start).Q, -torch.inf
+    total, single = float(matrix.trace()), matrix.float()
+    basis, before = torch.randn(n, count + OVERSAMPLING, generator=torch.Generator().manual_seed(n + count)), -torch.inf
     for _ in range(MOST_ITERATIONS):
-        image = matrix @ basis
-        captured = float((basis * image).sum())
-        if captured - before <= TOLERANCE * (float(matrix.trace()) - captured):
+        basis = torch.linalg.qr(basis).Q
+        image = single @ basis
+        captured = float((basis * image).sum(dtype=torch.float64))
+        if captured - before <= TOLERANCE * (total - captured):
             break
-        basis, before = torch.linalg.qr(image).Q, captured
+        basis, before = image, captured
+    basis = torch.linalg.qr(basis.double()).Q
     return basis @ torch.linalg.eigh(basis.T @ matrix @ basis).eigenvectors[:, -count:].flip(1)

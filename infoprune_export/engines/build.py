@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from infoprune_export.bundle import COMPONENTS, Bundle, graph_file
+from infoprune_export.bundle import COMPONENTS, EMBED, Bundle, QuantisedWeights, engine_name, graph_file
 from infoprune_export.errors import InputError
+from infoprune_export.precision import Dtype, Precision, WeightType, is_quantised, quantised
 from infoprune_export.progress import Progress, Silent
-from infoprune_export.recipe import Dtype, Workload
+from infoprune_export.recipe import Workload
 from infoprune_export.workspace import Workspace
 
 EngineTarget = Literal["ort", "trt"]
@@ -41,17 +42,19 @@ def build_into(
     root: Path,
     target: EngineTarget,
     workload: Workload,
-    dtype: Dtype | None = None,
+    precision: Precision | None = None,
     archs: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds the engines of one network from `root/onnx` into `root/engines/<target>`.
 
+    The embedding is float in every precision, so quantised graphs get none of their own: build the float ones too.
+
     Args:
         root: A bundle, its `original/`, or the folder in which a bundle grows; no manifest is needed.
         target: `ort`, or `trt` (into `trt/<flavour>/<arch>/`).
         workload: Shapes that TensorRT engines are made for.
-        dtype: Type of the graphs to build from; the target's preferred one of those present when None.
+        precision: Of the graphs to build from; the target's preferred one of those present when None.
         archs: GPU architectures of `trt`; the GPUs present, else a fixed list, when empty.
         progress: Shows a step for every component; nothing when None.
 
@@ -63,15 +66,17 @@ def build_into(
         MissingRequirement, NotEnough: see `engines.tensorrt.build`.
     """
     progress = progress or Silent()
-    dtype = dtype or _present_dtype(root, target)
+    precision = precision or _present_dtype(root, target)
     make = _trt_maker(root, workload, archs) if target == "trt" else partial(_build_ort, root / "engines" / "ort")
     built: list[Path] = []
     for component in COMPONENTS:
-        graph = root / "onnx" / graph_file(component, dtype)
+        if is_quantised(precision) and component == EMBED:
+            continue
+        graph = root / "onnx" / graph_file(component, precision)
         if not graph.is_file():
             raise InputError(f"{graph.name} is missing", where=root / "onnx", mend="make the bundle again with this --dtype")
-        with progress.step(f"{component} for {target}"):
-            built += make(component, graph)
+        with progress.step(f"{component} for {target}{f', {precision}' if is_quantised(precision) else ''}"):
+            built += make(engine_name(component, precision), graph)
     return built
 
 
@@ -80,37 +85,65 @@ def build_bundle(
     target: EngineTarget,
     *,
     dtype: Dtype | None = None,
+    weights: WeightType | None = None,
     archs: Sequence[str] = (),
     original: bool = True,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds a target's engines into a bundle, which changes all at once or not at all.
 
+    A bundle with quantised graphs gets engines of them too.
+
     The work goes on in a folder beside the bundle that shares its files through hard links and takes its
     place when the manifest is written. Engines of other targets and architectures stay.
 
     Args:
         path: The bundle; every file is checked against the manifest first.
-        target, dtype, archs, progress: As for `build_into`.
+        target, archs, progress: As for `build_into`.
+        dtype: Type of the float graphs to build from; the target's preferred one of those present when None.
+        weights: Quantise the compressed network's graphs first.
         original: Build for the original network too where the bundle has its graphs.
 
     Returns:
         The engine files of the compressed network.
 
     Raises:
-        InputError: no bundle, or one that changed since it was written.
+        InputError: no bundle, one that changed since it was written, or one with weights quantised otherwise.
         MissingRequirement, NotEnough: see `build_into`; the bundle stays as it was.
     """
     check_target(target, archs)
     bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    if manifest.weights and weights not in (None, manifest.weights.type):
+        what = f"has {manifest.weights.type} graphs already"
+        raise InputError(what, where=path, mend=f"make a bundle of its own with --weights {weights}")
     with Workspace(path, f"build-{target}", resume=False) as space:
         _share_tree(path, space.path)
-        roots = [space.path, *([space.path / "original"] if original and bundle.has_original else [])]
-        built = [build_into(root, target, bundle.manifest.workload, dtype, archs, progress) for root in roots]
-        bundle.manifest.targets = list(dict.fromkeys([*bundle.manifest.targets, target]))
-        Bundle(space.path, bundle.manifest).write_manifest()
+        if weights and not manifest.weights:
+            manifest.weights = add_quantised(space.path / "onnx", manifest.dtypes, weights, progress)
+        dtype = dtype or _present_dtype(space.path, target)
+        precisions = [dtype, *([quantised(dtype, manifest.weights.type)] if manifest.weights else [])]
+        built = [file for p in precisions for file in build_into(space.path, target, manifest.workload, p, archs, progress)]
+        if original and bundle.has_original:
+            build_into(space.path / "original", target, manifest.workload, dtype, archs, progress)
+        manifest.targets = list(dict.fromkeys([*manifest.targets, target]))
+        Bundle(space.path, manifest).write_manifest()
         space.finish()
-    return [path / file.relative_to(space.path) for file in built[0]]
+    return [path / file.relative_to(space.path) for file in built]
+
+
+def add_quantised(onnx_dir: Path, dtypes: Sequence[Dtype], weights: WeightType, progress: Progress | None = None) -> QuantisedWeights:
+    """Writes quantised graphs beside a network's float ones, of every type.
+
+    Returns:
+        What is quantised, for the manifest.
+    """
+    from infoprune_export.engines.quantise import describe, quantise_graphs
+
+    for dtype in dtypes:
+        with (progress or Silent()).step(f"quantising to {weights} ({dtype})"):
+            quantise_graphs(onnx_dir, dtype, weights)
+    return describe(onnx_dir, dtypes[0], weights)
 
 
 def _trt_maker(root: Path, workload: Workload, archs: Sequence[str]) -> Callable[[str, Path], list[Path]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 
 from infoprune_export.bundle import inside
 from infoprune_export.errors import InputError
@@ -31,13 +33,33 @@ def external_files(model: onnx.ModelProto, path: Path) -> list[Path]:
     Raises:
         InputError: for a location that leaves the directory.
     """
-    locations = {_external_entries(t).get("location", "") for t in _constants(model) if _is_external(t)}
+    locations = {external_entries(t).get("location", "") for t in _constants(model) if is_external(t)}
     return [inside(path.parent, location, path) for location in sorted(locations)]
 
 
 def weight_bytes(model: onnx.ModelProto, path: Path) -> int:
     """Bytes of all weights of a graph, in the graph file and outside it."""
     return path.stat().st_size + sum(file.stat().st_size for file in external_files(model, path))
+
+
+def read_tensor(tensor: onnx.TensorProto, directory: Path) -> np.ndarray:
+    """A tensor's values, left in their file where they are in one and its elements are bytes or more."""
+    dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
+    if not is_external(tensor):
+        return numpy_helper.to_array(tensor)
+    if tensor.data_type == onnx.TensorProto.INT4:  # two in a byte
+        return numpy_helper.to_array(tensor, str(directory))
+    entries = external_entries(tensor)
+    return np.memmap(directory / entries["location"], dtype, mode="r", offset=int(entries.get("offset", 0)), shape=shape)
+
+
+def quantised_with(model: onnx.ModelProto) -> int | None:
+    """ONNX type of the scales of a graph's block-wise quantised matrices; None where it has none."""
+    types = {t.name: t.data_type for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and any(a.name == "block_size" for a in node.attribute):
+            return types.get(node.input[1])
+    return None
 
 
 def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
@@ -47,8 +69,8 @@ def _check_external_data(model: onnx.ModelProto, path: Path) -> None:
             raise InputError(f"its weights file {file.name} is missing", where=path, mend="keep a graph and its data file together")
         sizes[file] = file.stat().st_size
     for tensor in _constants(model):
-        if _is_external(tensor):
-            entries = _external_entries(tensor)
+        if is_external(tensor):
+            entries = external_entries(tensor)
             file = path.parent / entries["location"]
             offset, length = (entries.get(key, "0") for key in ("offset", "length"))
             if not (offset.isdecimal() and length.isdecimal()):
@@ -82,11 +104,13 @@ def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]
                 yield from _tensors(inner)
 
 
-def _is_external(tensor: onnx.TensorProto) -> bool:
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor's values lie in a file beside the graph's own."""
     return tensor.data_location == onnx.TensorProto.EXTERNAL
 
 
-def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+def external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    """`location`, `offset` and `length` of a tensor in another file."""
     return {entry.key: entry.value for entry in tensor.external_data}
 
 

@@ -17,6 +17,7 @@ import onnx
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
 from infoprune_export.engines.profiles import Profile, Shape, spanning
+from infoprune_export.engines.whole_blocks import make_whole
 from infoprune_export.errors import InfoPruneError, InputError, NotEnough
 from infoprune_export.memory import memory
 
@@ -96,6 +97,7 @@ class _Network:
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self._network, self._logger)
         allow_decomposed_attention(model)
+        make_whole(model, graph.parent)
         if not parser.parse(model.SerializeToString(), str(graph.resolve())):  # the path is where it looks for weights
             raise _parser_error(parser, graph)
         self._parser_lines = self._logger.take()

@@ -15,7 +15,8 @@ import onnx
 from infoprune_export.bundle import DECODER, VISION, graph_file
 from infoprune_export.errors import InputError
 from infoprune_export.graph.storage import PROJECTOR_KEY, load_graph, metadata
-from infoprune_export.recipe import Dtype, Workload
+from infoprune_export.precision import Precision
+from infoprune_export.recipe import Workload
 
 UNCOUNTABLE = {
     "ConvTranspose", "ConvInteger", "DeformConv", "Einsum", "GRU", "GroupQueryAttention", "If", "LSTM", "Loop", "MatMulInteger",
@@ -46,6 +47,7 @@ def count_nodes(path: Path, dims: Mapping[str, int]) -> dict[str, int]:
         raise InputError(f"has functions ({model.functions[0].name}), which are not counted", where=path, mend="inline them first")
     shapes = _shapes(model, dims, path)
     weights = {i.name for i in model.graph.initializer}
+    weights |= {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in weights}
     counted: dict[str, int] = {}
     for node in model.graph.node:
         flops = _node_flops(node, shapes, path)
@@ -55,7 +57,7 @@ def count_nodes(path: Path, dims: Mapping[str, int]) -> dict[str, int]:
     return counted
 
 
-def count_bundle(onnx_dir: Path, workload: Workload, dtype: Dtype = "fp32") -> dict[str, int]:
+def count_bundle(onnx_dir: Path, workload: Workload, dtype: Precision = "fp32") -> dict[str, int]:
     """FLOPs of one request (all of its batch) through a directory of exported graphs.
 
     Returns:

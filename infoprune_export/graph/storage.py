@@ -19,7 +19,7 @@ from infoprune_export import __version__
 SITES_KEY = "infoprune_export.sites"
 """Metadata of a graph: site -> {"weight": initialiser names in data order, "bias": name or null, "transposed": true}.
 
-Transposed weights are [d_in, d_out], the transpose of PyTorch's."""
+Transposed weights are [d_in, d_out], the transpose of PyTorch's. In a quantised graph, names of what it dequantises to."""
 PROJECTOR_KEY = "infoprune_export.projector"
 """Metadata of the vision graph: names of the projector's weights."""
 INLINE_BYTES = 1024

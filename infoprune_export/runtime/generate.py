@@ -7,7 +7,7 @@ from pathlib import Path
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.data.images import ImageRef
-from infoprune_export.recipe import Dtype
+from infoprune_export.precision import Precision, float_type
 from infoprune_export.runtime.images import ImageProcessor
 from infoprune_export.runtime.prompts import Prompts
 from infoprune_export.runtime.session import EngineName, Session
@@ -19,7 +19,7 @@ def generate(
     prompt: str,
     *,
     engine: EngineName | None = None,
-    dtype: Dtype | None = None,
+    dtype: Precision | None = None,
     max_new_tokens: int = 64,
     original: bool = False,
     threads: int | None = None,
@@ -32,7 +32,7 @@ def generate(
         images: Image files, in the order of the prompt's image tokens; may be none.
         prompt: The question. Where it has no image token, the images go before it.
         engine: What runs the model; ONNX Runtime's engines where the bundle has them, else the portable graphs, when None.
-        dtype: Which of the bundle's types; its first when None.
+        dtype: Which of the bundle's precisions; the quantised one where it has that, else its first type, when None.
         max_new_tokens: Most tokens to make.
         original: Ask the uncompressed model that was kept for comparison.
         threads: CPU threads; all cores when None.
@@ -51,7 +51,10 @@ def generate(
     pictures = [ImageRef(Path(path)).open() for path in images]
     pixels = ImageProcessor.from_directory(bundle.path)(pictures) if pictures else None
     engine = engine or ("ort" if bundle.engines("ort", original).is_dir() else "onnx")
-    session = Session.open(bundle, engine=engine, dtype=dtype or bundle.manifest.dtypes[0], original=original, threads=threads)
+    dtype = dtype or bundle.manifest.precision
+    if original:  # which is never quantised
+        dtype = float_type(dtype)
+    session = Session.open(bundle, engine=engine, dtype=dtype, original=original, threads=threads)
 
     def pieces() -> Iterator[str]:
         stream = prompts.stream()

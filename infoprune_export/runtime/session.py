@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from infoprune_export.bundle import COMPONENTS, Bundle, graph_file
+from infoprune_export.bundle import COMPONENTS, Bundle, engine_name, graph_file
 from infoprune_export.engines import load_engine
 from infoprune_export.engines.base import CacheBuffers, Engine, Step
 from infoprune_export.errors import InputError
-from infoprune_export.recipe import Dtype
+from infoprune_export.precision import Precision
 from infoprune_export.runtime.config import ModelConfig
 
 EngineName = Literal["onnx", "ort", "trt"]
@@ -65,14 +65,14 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: Bundle, *, engine: EngineName = "ort", dtype: Dtype = "fp32", original: bool = False, threads: int | None = None
+        cls, bundle: Bundle, *, engine: EngineName = "ort", dtype: Precision = "fp32", original: bool = False, threads: int | None = None
     ) -> Session:
         """Opens a bundle's network.
 
         Args:
             bundle: The bundle.
             engine: `onnx` for its portable graphs, `ort` and `trt` for the engines built from them.
-            dtype: Which of its types.
+            dtype: Which of its precisions, such as `fp32` or `q4`.
             original: The uncompressed network that was kept for comparison.
             threads: CPU threads; all cores when None.
 
@@ -234,12 +234,12 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np
     return ids, mask
 
 
-def _file(bundle: Bundle, component: str, engine: EngineName, dtype: Dtype, original: bool) -> Path:
+def _file(bundle: Bundle, component: str, engine: EngineName, dtype: Precision, original: bool) -> Path:
     """The graph or engine file of one component."""
     if engine == "trt":
         from infoprune_export.engines.tensorrt_run import find_engine
 
-        return find_engine(bundle.engines("trt", original), component)
+        return find_engine(bundle.engines("trt", original), engine_name(component, dtype))
     if engine == "onnx":
         path = bundle.graph(component, dtype, original)
         mend = f"make the bundle with --dtype {dtype}"

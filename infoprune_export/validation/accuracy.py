@@ -107,23 +107,38 @@ def paired_drop(original: Sequence[float], compressed: Sequence[float], z: float
 def describe(record: Accuracy) -> str:
     """One line for a person."""
     before = f"{record.original:.3f} to " if record.original is not None else ""
-    return f"{before}{record.compressed:.3f}, {record.n} questions, {record.metric}"
+    quantised = f", quantised {record.quantised:.3f}" if record.quantised is not None else ""
+    return f"{before}{record.compressed:.3f}{quantised}, {record.n} questions, {record.metric}"
 
 
-def record(original: Sequence[float] | None, compressed: Sequence[float], *, metric: str, engine: str, dtype: str) -> Accuracy:
+def record(
+    original: Sequence[float] | None,
+    compressed: Sequence[float],
+    quantised: Sequence[float] | None = None,
+    *,
+    metric: str,
+    engine: str,
+    dtype: str,
+) -> Accuracy:
     """The report's entry for one task, from the score of every question.
 
     Args:
         original: Scores of the original network; None where it is not at hand.
         compressed: Scores of the compressed network on the same questions.
+        quantised: Scores of the compressed network with quantised weights; None where there is none.
         metric: Name of the official score.
         engine: Engine that answered.
         dtype: Type of its graphs.
     """
     n, after = len(compressed), float(np.mean(compressed))
     made = Accuracy(original=None, compressed=after, n=n, metric=metric, engine=engine, dtype=dtype, compressed_interval=wilson(after, n))
+    if quantised is not None:
+        made.quantised = float(np.mean(quantised))
+        made.quantised_interval = wilson(made.quantised, n)
     if original is not None:
         made.original = float(np.mean(original))
         made.original_interval = wilson(made.original, n)
         made.drop_points, made.drop_points_interval = paired_drop(original, compressed)
+        if quantised is not None:
+            made.quantised_drop_points, made.quantised_drop_points_interval = paired_drop(original, quantised)
     return made

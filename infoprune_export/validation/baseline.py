@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
-from infoprune_export.recipe import Dtype
+from infoprune_export.precision import Dtype
 from infoprune_export.runtime.session import EngineName, Session
 
 

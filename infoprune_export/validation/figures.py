@@ -42,11 +42,10 @@ def interval(value: Interval | None, decimals: int = 3) -> str:
     return "" if value is None else f"{value.low:.{decimals}f} to {value.high:.{decimals}f}"
 
 
-def drop(accuracy: Accuracy) -> str:
-    """Change of accuracy in points, with its sign: a loss is negative."""
-    if accuracy.drop_points is None:
-        return ABSENT
-    return signed(-accuracy.drop_points)
+def drop(accuracy: Accuracy, final: bool = False) -> str:
+    """Change of accuracy in points, with its sign: a loss is negative; of the `final` network, with quantised weights where it has any."""
+    points = accuracy.final_drop_points if final else accuracy.drop_points
+    return ABSENT if points is None else signed(-points)
 
 
 def signed(points: float) -> str:
@@ -62,8 +61,8 @@ def became_time(latency: PartLatency) -> float | None:
 
 def largest_drop(report: Report) -> tuple[str, Accuracy] | None:
     """The task that lost most, where the original was measured."""
-    compared = [(task, a) for task, a in report.accuracy.items() if a.drop_points is not None]
-    return max(compared, key=lambda pair: pair[1].drop_points, default=None)
+    compared = [(task, a) for task, a in report.accuracy.items() if a.final_drop_points is not None]
+    return max(compared, key=lambda pair: pair[1].final_drop_points, default=None)
 
 
 def latency_budget(report: Report) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from infoprune_export.plans import Plan
     from infoprune_export.runtime.session import Cache, Session
 
-ORIGINAL, COMPRESSED = "original", "compressed"
+ORIGINAL, COMPRESSED, QUANTISED = "original", "compressed", "quantised"
 WARMUP_ROUNDS = 2
 MAX_SAMPLES = 2000
 
@@ -174,6 +174,7 @@ def measure(
     inputs: Inputs,
     new_tokens: int,
     *,
+    quantised: Session | None = None,
     seconds: float = 5.0,
     flops_kept: Mapping[str, float | None] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -185,36 +186,48 @@ def measure(
         original: Engines of the original one; None to measure the compressed alone.
         inputs: One request of the workload.
         new_tokens: Of the workload; the first comes out of the prefill.
-        seconds: Measuring time of one part, both sides together.
+        quantised: Engines of the compressed network with quantised weights, if there are any.
+        seconds: Measuring time of one part, all sides together.
         flops_kept: Part to the fraction of its FLOPs kept.
         progress: Told how many parts are measured, and of how many.
 
     Returns:
         Part to times.
     """
-    sessions = {ORIGINAL: original, COMPRESSED: compressed} if original is not None else {COMPRESSED: compressed}
+    every = {ORIGINAL: original, COMPRESSED: compressed, QUANTISED: quantised}
+    sessions = {side: session for side, session in every.items() if session is not None}
     samples = {side: part_samples(session, inputs, new_tokens) for side, session in sessions.items()}
     measured: dict[str, PartLatency] = {}
     for part in samples[COMPRESSED]:
         progress(len(measured), len(samples[COMPRESSED]))
         times = {side: timing(ms) for side, ms in interleave({s: samples[s][part] for s in samples}, seconds=seconds).items()}
-        before, after = times.get(ORIGINAL), times[COMPRESSED]
+        before = times.get(ORIGINAL)
         measured[part] = PartLatency(
             original=before,
-            compressed=after,
-            speedup=before.median_ms / after.median_ms if before and after.median_ms else None,
+            compressed=times[COMPRESSED],
+            speedup=_speedup(before, times[COMPRESSED]),
+            quantised=times.get(QUANTISED),
+            quantised_speedup=_speedup(before, times.get(QUANTISED)),
             flops_kept=(flops_kept or {}).get(part),
         )
     progress(len(measured), len(measured))
     return measured
 
 
+def _speedup(before: Timing | None, after: Timing | None) -> float | None:
+    return before.median_ms / after.median_ms if before and after and after.median_ms else None
+
+
 def describe(record: PartLatency) -> str:
     """One line for a person."""
-    after = f"{record.compressed.median_ms:.2f} ms (p90 {record.compressed.p90_ms:.2f}, n {record.compressed.n})"
-    if record.original is None or record.speedup is None:
-        return after
-    return f"{record.original.median_ms:.2f} to {after}, {record.speedup:.2f}x"
+    line = f"{record.compressed.median_ms:.2f} ms (p90 {record.compressed.p90_ms:.2f}, n {record.compressed.n})"
+    if record.original is not None and record.speedup is not None:
+        line = f"{record.original.median_ms:.2f} to {line}, {record.speedup:.2f}x"
+    if record.quantised is not None:
+        line += f"; quantised {record.quantised.median_ms:.2f} ms"
+    if record.quantised_speedup is not None:
+        line += f", {record.quantised_speedup:.2f}x"
+    return line
 
 
 def kept_by_part(parts: Mapping[str, Mapping[str, int]]) -> dict[str, float | None]:

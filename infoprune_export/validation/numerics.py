@@ -1,4 +1,4 @@
-"""Export error: an engine against the same network in PyTorch, on identical inputs.
+"""Export error: an engine against the same network in PyTorch, on identical inputs; for quantised weights, see `quantisation`.
 
 A difference is judged relative to the largest absolute value of the reference (an element-wise relative error
 explodes at elements near zero) and by the smallest cosine similarity of any row, so that one broken token does not
@@ -8,6 +8,8 @@ drown among good ones. Rounding differs with the order of additions, which every
     fp32   1e-4                          0.99999
     fp16   1e-2                          0.999
     bf16   8e-2                          0.99
+
+Engines with quantised weights round the inputs of every product to int8 as well, block by block: 5e-2 and 0.99.
 
 Greedy generation in fp32 has to give PyTorch's token ids on every prompt. In half precision a continuation may part
 from PyTorch's at a near-tie: where the engine's own logits of its token and of PyTorch's token differ by no more than
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infoprune_export.bundle import DECODER, EMBED, VISION
+from infoprune_export.precision import quantised
 from infoprune_export.validation.generation import AMPLE, Limits, encode_images, greedy_logits
 from infoprune_export.validation.reference import text_tokens
 from infoprune_export.validation.report import ComponentNumerics, GenerationNumerics
@@ -44,6 +47,7 @@ class Tolerance:
 
 
 TOLERANCES = {"fp32": Tolerance(1e-4, 0.99999), "fp16": Tolerance(1e-2, 0.999), "bf16": Tolerance(8e-2, 0.99)}
+TOLERANCES |= {quantised(dtype, weights): Tolerance(5e-2, 0.99) for dtype in ("fp32", "fp16", "bf16") for weights in ("int8", "int4")}
 
 
 def check(
@@ -53,9 +57,9 @@ def check(
 
     Args:
         session: The engines of the compressed network.
-        reference: Inputs and outputs of that network in PyTorch fp32.
+        reference: Inputs and outputs of that network in float arithmetic.
         engine: Name of the engine, for the record.
-        dtype: Type of its graphs: `fp32`, `fp16`, `bf16`.
+        dtype: Precision of its graphs: `fp32`, `fp16`, `bf16`, `q4`, ...
         limits: Of the engine; prompts that do not fit are left out and not counted.
         notify: Gets a line per check, such as `PASSED | vision_encoder (ort, fp32) | max |diff| 2.1e-06 ...`.
 
@@ -104,16 +108,21 @@ def compare(component: str, actual: np.ndarray, expected: np.ndarray, engine: st
         return failed(f"shape {list(actual.shape)} instead of {list(expected.shape)}")
     if not expected.size:
         return failed("the reference holds no values")
-    for whose, values in (("engine", actual), ("PyTorch reference", expected)):
+    for whose, values in (("engine", actual), ("reference", expected)):
         if bad := int(np.count_nonzero(~np.isfinite(values))):
             return failed(f"{bad:,} of {values.size:,} values of the {whose} are NaN or infinite")
-    max_abs = float(np.abs(actual - expected).max())
-    scale = float(np.abs(expected).max())
-    max_rel = max_abs / scale if scale else (0.0 if max_abs == 0 else float(np.finfo(np.float32).max))
-    cosine = _smallest_cosine(actual, expected)
+    max_abs, max_rel, cosine = closeness(actual, expected)
     passed = max_rel <= tolerance.max_rel and cosine >= tolerance.cosine
     message = None if passed else f"{name}: allowed are max_rel {tolerance.max_rel:g} and cosine {tolerance.cosine:g}"
     return ComponentNumerics(engine=engine, dtype=dtype, max_abs=max_abs, max_rel=max_rel, cosine=cosine, passed=passed, message=message)
+
+
+def closeness(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:
+    """Largest absolute difference, the same over the largest absolute value expected, and the smallest cosine of any row."""
+    max_abs = float(np.abs(actual - expected).max())
+    scale = float(np.abs(expected).max())
+    max_rel = max_abs / scale if scale else (0.0 if max_abs == 0 else float(np.finfo(np.float32).max))
+    return max_abs, max_rel, _smallest_cosine(actual, expected)
 
 
 def compare_generation(

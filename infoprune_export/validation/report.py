@@ -27,7 +27,8 @@ class _Record(BaseModel):
 
 
 class ComponentNumerics(_Record):
-    """One component of one engine against the same network in PyTorch fp32, on identical inputs."""
+    """One component of one engine against the same network in float arithmetic, on identical inputs: PyTorch in fp32, or for
+    quantised weights its portable graph."""
 
     engine: str
     dtype: str
@@ -39,15 +40,32 @@ class ComponentNumerics(_Record):
 
 
 class GenerationNumerics(_Record):
-    """Greedy continuations of one engine against those of the same network in PyTorch fp32."""
+    """Greedy continuations of one engine against those of the same network in float arithmetic."""
 
     engine: str
     dtype: str
     prompts: int
-    identical_token_ids: int = Field(description="prompts whose every token id is PyTorch's")
-    near_ties: int = Field(0, description="prompts that part from PyTorch's where the engine cannot tell two tokens apart")
+    identical_token_ids: int = Field(description="prompts whose every token id is the reference's")
+    near_ties: int = Field(0, description="prompts that part from the reference's where the engine cannot tell two tokens apart")
     passed: bool
     message: str | None = None
+
+
+class Distance(_Record):
+    """One component with quantised weights against the float network's in PyTorch: what quantising did, which is no fault."""
+
+    max_rel: float = Field(description="largest absolute difference over the largest absolute value of the float network")
+    cosine: float = Field(description="smallest cosine similarity of any row")
+
+
+class Quantisation(_Record):
+    """The compressed network with quantised weights, one for each type of graph."""
+
+    weights: str = Field(description="int8 or int4")
+    block_size: int
+    distance: dict[str, Distance] = Field({}, description="component and precision, such as decoder_model_merged_q4")
+    identical_token_ids: dict[str, int] = Field({}, description="precision to the prompts that both networks continue alike, of `prompts`")
+    prompts: int = 0
 
 
 class Interval(_Record):
@@ -68,6 +86,15 @@ class Accuracy(_Record):
     compressed_interval: Interval
     drop_points: float | None = Field(None, description="original - compressed, in points (hundredths)")
     drop_points_interval: Interval | None = Field(None, description="of the paired difference, question by question")
+    quantised: float | None = Field(None, description="with quantised weights; null where the bundle has none")
+    quantised_interval: Interval | None = None
+    quantised_drop_points: float | None = Field(None, description="original - quantised, in points")
+    quantised_drop_points_interval: Interval | None = None
+
+    @property
+    def final_drop_points(self) -> float | None:
+        """Of the network that the bundle was made for: the quantised one where there is one."""
+        return self.drop_points if self.quantised is None else self.quantised_drop_points
 
 
 class Timing(_Record):
@@ -89,7 +116,14 @@ class PartLatency(_Record):
     original: Timing | None
     compressed: Timing
     speedup: float | None = Field(description="median of the original over median of the compressed")
+    quantised: Timing | None = Field(None, description="of the compressed network with quantised weights, in turn with the others")
+    quantised_speedup: float | None = Field(None, description="median of the original over median of the quantised")
     flops_kept: float | None = Field(description="fraction of this very part's FLOPs kept")
+
+    @property
+    def final_speedup(self) -> float | None:
+        """Of the network that the bundle was made for: the quantised one where there is one."""
+        return self.speedup if self.quantised is None else self.quantised_speedup
 
 
 class LatencySettings(_Record):
@@ -110,6 +144,7 @@ class Size(_Record):
 
     original_bytes: int | None
     compressed_bytes: int
+    quantised_bytes: int | None = Field(None, description="with quantised weights, the float embedding included")
 
 
 class Gate(_Record):
@@ -136,6 +171,7 @@ class Report(_Record):
     flops: Flops
     latency_budget: LatencyBudget | None = Field(None, description="where time was asked for and not FLOPs")
     training: TrainingRecord | None = Field(None, description="how the compressed network was trained; null: not at all")
+    quantisation: Quantisation | None = Field(None, description="how far quantised weights take the network; null: none are asked for")
     accuracy: dict[str, Accuracy] = {}
     numerics: dict[str, ComponentNumerics | GenerationNumerics] = {}
     latency: dict[str, dict[str, PartLatency]] = {}
@@ -194,6 +230,8 @@ class Report(_Record):
 def judge(report: Report, max_drop: float | None = None, min_speedup: float | None = None) -> dict[str, Gate]:
     """The gates of a report: numerics always, the others when asked for.
 
+    Where a bundle has quantised weights, accuracy and speed-up are theirs.
+
     A gate whose figure could not be measured does not pass: a check that was asked for and not made is no assurance.
 
     Args:
@@ -206,7 +244,7 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
     measured = f"{', '.join(failed)} failed" if failed else f"{total} of {total} passed" if total else "not measured"
     gates = {"numerics": Gate(required="all checks pass", measured=measured, passed=total > 0 and not failed)}
     if max_drop is not None:
-        drops = {task: a.drop_points for task, a in report.accuracy.items() if a.drop_points is not None}
+        drops = {task: a.final_drop_points for task, a in report.accuracy.items() if a.final_drop_points is not None}
         task = max(drops, key=drops.__getitem__, default=None)
         gates["max_drop"] = Gate(
             required=f"at most {max_drop:g} points on any task",
@@ -217,7 +255,7 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
             passed=task is not None and drops[task] <= max_drop + 1e-9,
         )
     if min_speedup is not None:
-        ends = {engine: parts["end_to_end"].speedup for engine, parts in report.latency.items() if "end_to_end" in parts}
+        ends = {engine: parts["end_to_end"].final_speedup for engine, parts in report.latency.items() if "end_to_end" in parts}
         speedups = {engine: s for engine, s in ends.items() if s is not None}
         engine = min(speedups, key=speedups.__getitem__, default=None)
         gates["min_speedup"] = Gate(

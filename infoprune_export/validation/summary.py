@@ -15,24 +15,31 @@ from infoprune_export.validation.report import PartLatency, Report
 
 def summary_table(report: Report) -> RenderableType:
     """What was asked and reached, beside the original: the end of the main job."""
-    table = _table("", "original", "compressed", "change")
-    flops = report.flops
-    table.add_row("FLOPs a request", figures.si(flops.original, "FLOP"), figures.si(flops.compressed, "FLOP"), _kept(flops.achieved))
-    size = report.size
-    table.add_row(
+    quantised = report.quantisation
+    table = _table("", "original", "compressed", *([quantised.weights] if quantised else []), "change")
+
+    def add(name: str, before: str, after: str, small: str, change: str) -> None:
+        table.add_row(name, before, after, *([small] if quantised else []), change)
+
+    flops, size = report.flops, report.size
+    after = figures.si(flops.compressed, "FLOP")
+    add("FLOPs a request", figures.si(flops.original, "FLOP"), after, after, _kept(flops.achieved))
+    smallest = size.quantised_bytes or size.compressed_bytes
+    add(
         "graphs and weights",
         figures.si(size.original_bytes, "B") if size.original_bytes else figures.ABSENT,
         figures.si(size.compressed_bytes, "B"),
-        _kept(size.compressed_bytes / size.original_bytes) if size.original_bytes else figures.ABSENT,
+        figures.si(smallest, "B"),
+        _kept(smallest / size.original_bytes) if size.original_bytes else figures.ABSENT,
     )
     for task, a in report.accuracy.items():
-        change = f"{figures.drop(a)} points" if a.drop_points is not None else figures.ABSENT
-        table.add_row(f"{escape(task)} accuracy", figures.fraction(a.original), figures.fraction(a.compressed), change)
+        change = f"{figures.drop(a, final=True)} points" if a.final_drop_points is not None else figures.ABSENT
+        scores = (figures.fraction(x) for x in (a.original, a.compressed, a.quantised))
+        add(f"{escape(task)} accuracy", *scores, change)
     for engine, parts in report.latency.items():
         for part, latency in parts.items():
-            before = figures.milliseconds(latency.original.median_ms) if latency.original else figures.ABSENT
-            name = f"{escape(engine)} {figures.PART_NAMES.get(part, escape(part))}"
-            table.add_row(name, before, figures.milliseconds(latency.compressed.median_ms), figures.times(latency.speedup))
+            medians = (figures.milliseconds(t.median_ms if t else None) for t in (latency.original, latency.compressed, latency.quantised))
+            add(f"{escape(engine)} {figures.PART_NAMES.get(part, escape(part))}", *medians, figures.times(latency.final_speedup))
     asked = f"asked for at most {figures.fraction(flops.requested)} of the FLOPs" if flops.requested < 1 else "exported whole"
     if report.latency_budget:
         asked = f"{figures.latency_budget(report)}; of the FLOPs"
@@ -47,13 +54,14 @@ def latency_table(report: Report) -> RenderableType:
     """Order statistics of every part, as the `bench` verb prints them: milliseconds, or seconds where some take ten."""
     groups: list[RenderableType] = []
     for engine, parts in report.latency.items():
-        timings = [t for record in parts.values() for t in (record.original, record.compressed) if t is not None]
+        timings = [t for record in parts.values() for t in (record.original, record.compressed, record.quantised) if t is not None]
         unit, scale = ("s", 1e-3) if any(t.max_ms >= 10_000 for t in timings) else ("ms", 1.0)
         table = _table(f"{escape(engine)}, {unit}", "", "min", "mean", "median", "p90", "p95", "p99", "max", "n", gap=1)
         table.columns[1].justify = "left"
         for part, record in parts.items():
-            names = [figures.PART_NAMES.get(part, escape(part)), _gain(record)]
-            for side, t in (("original", record.original), ("compressed", record.compressed)):
+            quantised = f" [bold]{figures.times(record.quantised_speedup)}[/]" if record.quantised_speedup else ""
+            names = [figures.PART_NAMES.get(part, escape(part)), _gain(record), quantised]
+            for side, t in (("original", record.original), ("compressed", record.compressed), ("quantised", record.quantised)):
                 if t is not None:
                     values = (t.min_ms, t.mean_ms, t.median_ms, t.p90_ms, t.p95_ms, t.p99_ms, t.max_ms)
                     shown = (figures.ABSENT if v is None else figures.significant(scale * v) for v in values)

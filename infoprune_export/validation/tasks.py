@@ -29,9 +29,12 @@ class Exam:
     questions: QuestionSet
     examples: list[accuracy.Example]
 
-    def record(self, original: Sequence[float] | None, compressed: Sequence[float], engine: str, dtype: str) -> Accuracy:
+    def record(
+        self, original: Sequence[float] | None, compressed: Sequence[float], quantised: Sequence[float] | None, engine: str, dtype: str
+    ) -> Accuracy:
         """The report's entry, from the score of every question."""
-        return accuracy.record(original, compressed, metric=metric_name(self.questions.format), engine=engine, dtype=dtype)
+        metric = metric_name(self.questions.format)
+        return accuracy.record(original, compressed, quantised, metric=metric, engine=engine, dtype=dtype)
 
 
 class Examiner:

@@ -12,20 +12,22 @@ from infoprune_export.bundle import COMPONENTS, Bundle
 from infoprune_export.engines.cuda import gpus
 from infoprune_export.engines.machine import machine_report
 from infoprune_export.errors import InfoPruneError, InputError, MissingRequirement
-from infoprune_export.recipe import DataSource, Dtype, Workload
+from infoprune_export.precision import Precision, float_type, is_quantised
+from infoprune_export.recipe import DataSource, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import EngineName, Session
-from infoprune_export.validation import accuracy, latency, numerics, tasks
+from infoprune_export.validation import accuracy, latency, numerics, quantisation, tasks
 from infoprune_export.validation.affinity import allowed
 from infoprune_export.validation.baseline import Baseline, find_baseline
 from infoprune_export.validation.generation import dtype_of, limits_of
 from infoprune_export.validation.overflow import first_overflow
-from infoprune_export.validation.reference import read_reference
+from infoprune_export.validation.reference import Reference, read_reference
 from infoprune_export.validation.report import (
     PARTS,
     GenerationNumerics,
     LatencySettings,
     NotMeasured,
+    Quantisation,
     Report,
     Size,
     judge,
@@ -94,7 +96,11 @@ class Variant:
     """One way of running a bundle that works here."""
 
     engine: EngineName
-    dtype: Dtype
+    dtype: Precision
+
+    @property
+    def quantised(self) -> bool:
+        return is_quantised(self.dtype)
 
 
 class Run:
@@ -117,7 +123,9 @@ class Run:
             size=Size(
                 original_bytes=_graph_bytes(baseline.bundle, dtype, baseline.inside) if baseline else None,
                 compressed_bytes=_graph_bytes(bundle, dtype, original=False),
+                quantised_bytes=_graph_bytes(bundle, manifest.quantised[0], original=False) if manifest.weights else None,
             ),
+            quantisation=Quantisation(weights=manifest.weights.type, block_size=manifest.weights.block_size) if manifest.weights else None,
         )
         if baseline is None:
             mend = "make one with --flops 1 and give it: infoprune-export validate DIR --original DIR0"
@@ -145,17 +153,18 @@ class Run:
         Engines asked for by name have to run; of the bundle's own (`engines` None) one may be left out, with the
         reason given for everything it was needed for.
         """
-        for engine in engines or dict.fromkeys(("onnx", *self.bundle.manifest.targets)):
+        manifest = self.bundle.manifest
+        for engine in engines or dict.fromkeys(("onnx", *manifest.targets)):
             absent: list[InfoPruneError] = []
             # A TensorRT engine is found by the GPU it is for; its type is the one that it was built in.
-            dtypes = self.bundle.manifest.dtypes[: 1 if engine == "trt" else None]
+            dtypes: list[Precision] = [*manifest.dtypes[: 1 if engine == "trt" else None], *manifest.quantised]
             for dtype in dtypes:
                 try:
                     session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
                 except (InputError, MissingRequirement) as e:
                     absent.append(e)
                 else:
-                    yield Variant(engine, dtype_of(session)), session
+                    yield Variant(engine, dtype if is_quantised(dtype) else dtype_of(session)), session
             if len(absent) == len(dtypes):
                 if engines:
                     raise absent[0]
@@ -169,6 +178,7 @@ class Run:
         suffix, as in `vision_encoder_fp16` and `generation_trt_fp16`.
         """
         reference = read_reference(self.bundle.reference)
+        references = _References(self, reference)
         runnable: list[Variant] = []
         plain: Variant | None = None
         for variant, session in self.sessions(engines, ("numerics", "latency")):
@@ -177,7 +187,13 @@ class Run:
             suffix = ("" if engine == plain.engine else f"_{engine}") + ("" if dtype == plain.dtype else f"_{dtype}")
             limits = limits_of(engine, self.bundle.manifest.workload)
             try:
-                records = numerics.check(session, reference, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
+                held = references[dtype] if variant.quantised else reference
+            except InputError as e:  # bfloat16, for which the CPU has no kernels
+                self.skip(f"numerics.{engine}.{dtype}", f"its portable graph does not run here: {_one_line(e)}")
+                runnable.append(variant)
+                continue
+            try:
+                records = numerics.check(session, held, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
                 runnable.append(variant)
             except InputError as e:  # an engine that opens and then does not run has failed, not been left out
                 failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
@@ -190,8 +206,13 @@ class Run:
             self.report.numerics |= {f"{name}{suffix}": record for name, record in records.items()}
         return runnable
 
+    @staticmethod
+    def with_quantised_weights(variant: Variant, variants: Sequence[Variant]) -> Variant | None:
+        """The variant with quantised weights on the same engine and in the same type, if it runs here."""
+        return next((v for v in variants if v.quantised and (v.engine, float_type(v.dtype)) == (variant.engine, variant.dtype)), None)
+
     def measure_accuracy(self, variants: Sequence[Variant], evaluation: Mapping[str, DataSource]) -> None:
-        """Accuracy of both networks through the first variant on every task whose data is at hand."""
+        """Accuracy of every network through the first variant on every task whose data is at hand."""
         if self.report.random_weights:
             self.skip("accuracy", NO_ACCURACY)
             return
@@ -201,7 +222,7 @@ class Run:
         if not variants:
             self.skip("accuracy", "no engine of this bundle runs here")
             return
-        variant = variants[0]
+        variant = next((v for v in variants if not v.quantised), variants[0])
         limits = limits_of(variant.engine, self.bundle.manifest.workload)
         examiner = tasks.Examiner(self.bundle.path, self.bundle.manifest.recipe.prompt, limits, self.progress)
         exams = {}
@@ -216,20 +237,22 @@ class Run:
         compressed = examiner.sit_all(exams, self._compressed(variant), "compressed")
         session = self._original(variant, "accuracy")
         original = examiner.sit_all(exams, session, "original") if session else {}
+        small = self.with_quantised_weights(variant, variants)
+        quantised = examiner.sit_all(exams, self._compressed(small), small.dtype) if small else {}
         for task, exam in exams.items():
-            made = exam.record(original.get(task), compressed[task], variant.engine, variant.dtype)
+            made = exam.record(original.get(task), compressed[task], quantised.get(task), variant.engine, variant.dtype)
             self.report.accuracy[task] = made
             self.notify(f"MEASURED | accuracy.{task} ({variant.engine}, {variant.dtype}) | {accuracy.describe(made)}")
 
     def measure_latency(self, variants: Sequence[Variant], inputs: latency.Inputs, workload: Workload, seconds: float) -> None:
-        """Times every engine in the first of its types that runs, both networks in turn."""
+        """Times every engine in the first of its types that runs, all networks in turn."""
         if not variants:
             self.skip("latency", "no engine of this bundle runs here")
         manifest = self.bundle.manifest
         counted = workload == manifest.workload
         kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
         for variant in {v.engine: v for v in reversed(variants)}.values():
-            engine = variant.engine
+            engine, small = variant.engine, self.with_quantised_weights(variant, variants)
             original = self._original(variant, f"latency.{engine}")
             load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:
@@ -238,6 +261,7 @@ class Run:
                     original,
                     inputs,
                     workload.new_tokens,
+                    quantised=self._compressed(small) if small else None,
                     seconds=seconds,
                     flops_kept=kept,
                     progress=partial(self.progress, f"timing {engine}"),
@@ -275,7 +299,25 @@ class Run:
             return None
 
 
-def _graph_bytes(bundle: Bundle, dtype: Dtype, original: bool) -> int:
+class _References(dict[Precision, Reference]):
+    """What engines with quantised weights are held against; each is made when first asked for, and its distance noted."""
+
+    def __init__(self, run: Run, floating: Reference):
+        super().__init__()
+        self.run, self.floating = run, floating
+
+    def __missing__(self, precision: Precision) -> Reference:
+        run, told = self.run, self.run.report.quantisation
+        self[precision] = made = quantisation.float_answers(run.bundle, precision, self.floating, run.threads)
+        found, alike = quantisation.distance(made, self.floating)
+        told.distance |= {f"{component}_{precision}": x for component, x in found.items()}
+        told.prompts, told.identical_token_ids[precision] = len(made.prompts), alike
+        for component, x in found.items():
+            run.notify(quantisation.describe(f"{component}_{precision}", x))
+        return made
+
+
+def _graph_bytes(bundle: Bundle, dtype: Precision, original: bool) -> int:
     graphs = [bundle.graph(component, dtype, original) for component in COMPONENTS]
     files = [file for graph in graphs for file in (graph, graph.with_name(graph.name + "_data"))]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +19,7 @@ from infoprune_export.engines import onnxruntime as ort
 from infoprune_export.engines import stacks
 from infoprune_export.engines.cache_fusion import CAPACITY, share_cache
 from infoprune_export.engines.graphs import read_graph
+from infoprune_export.engines.quantise import quantise_graphs
 from infoprune_export.errors import InputError
 from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
@@ -173,6 +177,14 @@ def test_an_engine_takes_a_past_of_its_exact_length_too(made):
     expected, results = portable.run(feeds), built.run(feeds)
     for name, value in expected.items():
         np.testing.assert_allclose(results[name], value, atol=1e-5)
+
+
+def test_quantised_matrices_are_no_hindrance(made, tmp_path):
+    onnx_dir = Path(shutil.copytree(made[0], tmp_path / "onnx"))
+    quantise_graphs(onnx_dir, "fp32", "int4")
+    built = ort.build(onnx_dir / graph_file(DECODER, "q4"), tmp_path / graph_file(DECODER, "q4"))
+    nodes = [node.op_type for node in read_graph(built).graph.node]
+    assert nodes.count("GroupQueryAttention") == 3 and "MatMulNBits" in nodes
 
 
 def test_what_has_no_kernel_stays_as_it_is(made, tmp_path):

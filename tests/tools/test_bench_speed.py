@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_speed  # noqa: E402
 from shapes import SHAPES  # noqa: E402
-from speed import bundles, capacity, exports, genai, slices  # noqa: E402
+from speed import bundles, capacity, exports, genai, slices, weights  # noqa: E402
 
 TIMES = {"median_ms": 10.0}
 FOUND = {
@@ -35,19 +35,30 @@ FOUND = {
 }
 
 
+SIZES = {
+    "hidden": 128,
+    "layers": 3,
+    "heads": 8,
+    "ffn": 512,
+    "vision_hidden": 64,
+    "vision_heads": 8,
+    "vision_ffn": 256,
+    "rank_multiple": 4,
+}
+SMALL = replace(SHAPES["small"], **SIZES)
+INT4 = {
+    "parts": {"decode": {"float": TIMES, "int4": {"median_ms": 4.0}, "speedup": 2.5, "bytes_ratio": 0.16}},
+    "bundle": {
+        "size_ratio": 0.21,
+        "drop_points": 0.5,
+        "tasks": {"vqa": {"original": 0.95, "compressed": 0.9, "quantised": 0.895, "n": 100}},
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    sizes = {
-        "hidden": 128,
-        "layers": 3,
-        "heads": 8,
-        "ffn": 512,
-        "vision_hidden": 64,
-        "vision_heads": 8,
-        "vision_ffn": 256,
-        "rank_multiple": 4,
-    }
-    return slices.measure(replace(SHAPES["small"], **sizes), tmp_path_factory.mktemp("slices"), threads=1, seconds=0.2)["parts"]
+    return slices.measure(SMALL, tmp_path_factory.mktemp("slices"), threads=1, seconds=0.2)["parts"]
 
 
 def test_every_part_keeps_at_most_its_share_and_efficiency_is_speedup_times_that(measured):
@@ -146,6 +157,38 @@ def test_figures_and_table_of_peers_and_cache():
     assert "| smol-llava: end to end | PyTorch, eager | 10 ms | 20 ms | 0.50 |" in text
     assert "| Llama, 8 layers of 768: decode | onnxruntime-genai's graph | 10 ms | 8 ms | 1.25 |" in text
     assert "| ms | 10 | 12 |" in text and "ratio 1.000" in text
+
+
+def test_figures_and_table_of_int4_weights():
+    assert bench_speed.figures({"int4": INT4}) == [
+        {"name": "int4.size_ratio", "value": 0.21},
+        {"name": "int4.decode_speedup", "value": 2.5},
+        {"name": "int4.accuracy_drop_points", "value": 0.5},
+    ]
+    text = bench_speed.table({"int4": INT4}, [], 2)
+    assert "| decode | 10 ms | 4 ms | 2.50x | 0.160 |" in text
+    assert "lose 0.50 points of accuracy (original, compressed, int4: vqa 0.950, 0.900, 0.895)" in text
+
+
+def test_int4_slices_are_timed_in_turn_and_a_bundle_is_read(tmp_path, monkeypatch):
+    def command(*line):
+        out = line[line.index("--out") + 1]
+        out.mkdir()
+        task = {"original": 1.0, "compressed": 0.9, "quantised": 0.88, "n": 10}
+        report = {"size": {"compressed_bytes": 100, "quantised_bytes": 20}, "accuracy": {"vqa": task, "gqa": task | {"quantised": 0.9}}}
+        (out / "report.json").write_text(json.dumps(report))
+        lines.append(line)
+
+    lines = []
+    monkeypatch.setattr(bundles, "command", command)
+    found = weights.measure(SMALL, tmp_path, threads=1, seconds=0.1)
+    assert lines[0][:7] == ("tiny-llava", "--flops", "0.33", "--train-steps", 240, "--weights", "int4")
+    assert found["bundle"]["size_ratio"] == 0.2 and found["bundle"]["drop_points"] == pytest.approx(1)
+    assert list(found["parts"]) == ["vision", "prefill", "decode"]
+    for part, x in found["parts"].items():
+        assert x["float"]["n"] == x["int4"]["n"] >= 3
+        assert x["speedup"] == x["float"]["median_ms"] / x["int4"]["median_ms"]
+        assert 0.1 < x["bytes_ratio"] < (0.7 if part == "vision" else 0.3)  # the smaller, the more is patches and positions
 
 
 def test_a_section_that_fails_is_named_and_the_rest_is_written(tmp_path, monkeypatch):

@@ -79,3 +79,15 @@ def test_failed_gates_are_exit_code_1_and_named(report):
     with pytest.raises(GateFailed, match=r"max_drop: 2.50 points lost on vqa, required at most 1 points on any task; min_speedup") as e:
         report.raise_for_gates()
     assert e.value.exit_code == 1 and not report.passed
+
+
+def test_gates_are_on_the_network_that_was_asked_for(report):
+    """With quantised weights, that is the quantised one, however good the float one is."""
+    report.accuracy["vqa"].quantised, report.accuracy["vqa"].quantised_drop_points = 0.9, 5.0
+    end = report.latency["ort"]["end_to_end"]
+    end.quantised, end.quantised_speedup = end.compressed, 1.1
+    gates = judge(report, max_drop=3, min_speedup=1.2)
+    assert gates["max_drop"].measured == "5.00 points lost on vqa" and not gates["max_drop"].passed
+    assert gates["min_speedup"].measured == "1.10x on ort" and not gates["min_speedup"].passed
+    end.quantised_speedup = report.accuracy["vqa"].quantised_drop_points = None  # it was measured, the original was not
+    assert not any(gate.passed for name, gate in judge(report, max_drop=3, min_speedup=1.2).items() if name != "numerics")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infoprune_export.bundle import VISION, Bundle, Manifest
+from infoprune_export.bundle import VISION, Bundle, Manifest, QuantisedWeights
 from infoprune_export.errors import GateFailed, InputError, MissingRequirement
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
@@ -241,3 +241,37 @@ def test_bench_times_and_nothing_else(bundle):
     assert set(data) == {"workload", "latency", "latency_settings", "machine", "not_measured"}
     assert set(data["latency"]["ort"]) == {"vision", "prefill", "decode", "end_to_end"} and not bench.report.numerics
     json.dumps(data)
+
+
+def test_quantised_weights_are_held_against_their_own_graphs(bundle, monkeypatch, make_session):
+    """A network of its own: its engines pass against it, however far it is from the float one; TensorRT finds its engines by name."""
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if (engine, dtype) == ("trt", "q4"):
+            raise MissingRequirement("there is no such engine for this GPU")
+        opened.append((engine, dtype, original))
+        half = engine == "trt" or "16" in dtype
+        return make_session(7 if original else 3 if "q4" in dtype else 0, **SIZES, dtype="float16" if half else "float32")
+
+    def float_answers(bundle, precision, reference, threads):
+        if precision == "q4":
+            raise InputError("no kernel of this type")
+        return _reference(make_session(3, **SIZES), reference)
+
+    opened = []
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.quantisation.float_answers", float_answers)
+    monkeypatch.setattr("infoprune_export.validation.validate.first_overflow", lambda bundle, reference: None)
+    bundle.manifest.dtypes, bundle.manifest.targets = ["fp32", "fp16"], ["trt"]
+    bundle.manifest.weights = QuantisedWeights(type="int4", block_size=32, components={})
+    report = validate_bundle(bundle, seconds=0, max_drop=100)
+    checked = {(r.engine, r.dtype) for r in report.numerics.values()}
+    assert checked == {("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "q4f16"), ("trt", "fp16"), ("trt", "q4f16")}
+    assert report.gates["numerics"].passed
+    assert [x.what for x in report.not_measured] == ["numerics.onnx.q4"]
+    assert report.quantisation.distance["decoder_model_merged_q4f16"].max_rel > 0.1
+    assert report.quantisation.identical_token_ids["q4f16"] < report.quantisation.prompts
+    accuracy = report.accuracy["vqa"]
+    assert (accuracy.engine, accuracy.dtype) == ("trt", "fp16") and accuracy.quantised is not None
+    assert report.latency["trt"]["decode"].quantised.n == report.latency["trt"]["decode"].original.n
+    assert ("trt", "q4f16", True) not in opened, "the original has no quantised weights"

@@ -28,11 +28,16 @@ def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, 
     """
     out = work / recipe
     if not out.is_dir():
-        _command(recipe, "--flops", FLOPS, "--target", "ort", "--out", out, "--threads", threads)
-    return json.loads(_command("bench", out, "--engine", "ort", "--threads", threads, "--seconds", seconds, "--json"))
+        command(recipe, "--flops", FLOPS, "--target", "ort", "--out", out, "--threads", threads)
+    return json.loads(command("bench", out, "--engine", "ort", "--threads", threads, "--seconds", seconds, "--json"))
 
 
-def _command(*arguments: object) -> str:
+def command(*arguments: object) -> str:
+    """Runs the command line, quietly, and returns what it wrote to stdout.
+
+    Raises:
+        RuntimeError: with the end of what it said.
+    """
     line = [sys.executable, "-m", "infoprune_export", *map(str, arguments), "--quiet"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:

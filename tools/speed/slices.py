@@ -52,7 +52,7 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
     del model
     whole, kept = (count(anatomy, plan.workload, p).parts() for p in (None, plan))
     found = {}
-    for part, component, run in (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode)):
+    for part, component, run in PARTS:
         sides, read = {}, {}
         for name in ("dense", "compressed"):
             path = work / name / "ort" / graph_file(component, "fp32")
@@ -87,3 +87,7 @@ def _decode(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
     _, step = request.read(shape.prompt)
     widths = [x.shape[1] * x.shape[3] * x.dtype.itemsize for x in engine.inputs if x.name.startswith("past_key_values.")]
     return request.decode(shape.prompt, step), shape.prompt * sum(widths)
+
+
+PARTS = (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode))
+"""What is timed: its name, its component, and what makes a sample of an engine."""
