@@ -29,6 +29,7 @@ from infoprune_export.recipe import Scope, TargetName
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from infoprune_export.models.anatomy import Anatomy
     from infoprune_export.models.load import SourceModel
     from infoprune_export.validation.report import Report
 
@@ -228,6 +229,10 @@ class _InMemory(Job):
         import dataclasses
 
         return dataclasses.replace(super().checkpoint, source=self.plan.source)
+
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        return self.plan.anatomy
 
     def decide(self) -> Plan:
         return self.plan

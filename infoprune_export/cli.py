@@ -150,6 +150,11 @@ SHARED: dict[str, Callable] = {
     "device": click.option(
         "--device", metavar="NAME", help="Where statistics, factors and training run: cpu, cuda, cuda:1.  [default: best present]"
     ),
+    "spill": click.option(
+        "--spill",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Directory for hidden states while compressing.  [default: beside --out]",
+    ),
     "plan": click.option("--plan", "plan_file", type=_PlanFile(), help="Apply this plan (file or directory) instead of making one."),
     "dry_run": click.option("--dry-run", is_flag=True, help="Print the plan, write nothing."),
     "original": click.option(
@@ -183,7 +188,7 @@ def cli() -> None:
 
 @cli.command()
 @_options("model", "target", "flops", "latency", "scope", "dtype", "weights", "out", "gpu_arch", "calibration", "samples")
-@_options("train_steps", "plan", "random_weights", "dry_run", "original", "resume", "seed", "device", "threads", "max_drop")
+@_options("train_steps", "plan", "random_weights", "dry_run", "original", "resume", "spill", "seed", "device", "threads", "max_drop")
 @_options("min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
@@ -202,7 +207,7 @@ def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **g
 
 @cli.command()
 @_options("model", "flops", "latency", "scope", "out", "calibration", "samples", "train_steps", "random_weights")
-@_options("seed", "device", "threads", "json", "verbose", "quiet")
+@_options("spill", "seed", "device", "threads", "json", "verbose", "quiet")
 def plan(model: str, as_json: bool, **given: Any) -> None:
     """Decide what to keep of MODEL; write plan.json and its factors."""
     from infoprune_export import pipeline
@@ -390,7 +395,7 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
     recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))
     out = given.get("out") or Path("build") / (recipe.name + suffix)
     options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
-    options.random_weights = given.get("random_weights", False)
+    options.random_weights, options.spill = given.get("random_weights", False), given.get("spill")
     return recipe, options, progress
 
 

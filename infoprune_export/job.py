@@ -49,6 +49,7 @@ class Options:
         archs: GPU architectures for TensorRT engines; the default set when empty.
         seconds: Measuring time of each part's latency.
         device: Where statistics, factors and training run; the best present when None.
+        spill: Directory for hidden states and what is kept of pass 1; beside `out` when None.
         random_weights: Make the weights, in a folder beside `out`, and the data; take only the shapes from the recipe's model.
     """
 
@@ -62,6 +63,7 @@ class Options:
     seconds: float = 5.0
     device: str | None = None
     random_weights: bool = False
+    spill: Path | None = None
 
 
 def require_export() -> None:
@@ -207,9 +209,7 @@ class Job:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        from infoprune_export.models.families import find_anatomy
-
-        return find_anatomy(self.original)
+        return self.checkpoint.anatomy()
 
     def adopt(self, plan: Plan) -> Plan:
         """Goes on with a plan that was made; what was needed to make it is let go."""
@@ -356,11 +356,24 @@ class Job:
         return Survey(self._directory("pass1"), self.recipe.criterion)
 
     def _directory(self, name: str) -> Path:
+        return self._spill / name
+
+    @cached_property
+    def _spill(self) -> Path:
+        from infoprune_export.workspace import side_folder
+
+        options = self.options
+        if options.spill is not None:
+            return self._held.enter_context(side_folder(options.spill / (options.out.name or "plan"), "spill", options.resume))
         if self.scratch is not None:
-            return self.scratch / name
-        if self._temporary is None:
-            self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
-        return Path(self._temporary.name) / name
+            return self.scratch / "spill"
+        self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
+        return Path(self._temporary.name)
+
+    def clear_spill(self) -> None:
+        """Removes what only compressing needed."""
+        for name in ("pass1", "pass2"):
+            shutil.rmtree(self._directory(name), ignore_errors=True)
 
     @cached_property
     def findings(self) -> Findings:

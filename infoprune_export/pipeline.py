@@ -20,17 +20,19 @@ from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
 from infoprune_export.job import Job, Options, copy_processor_files, require_export
 from infoprune_export.launched import announce, is_first, processes, wait
+from infoprune_export.ledger import Ledger
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.precision import Dtype, quantised
+from infoprune_export.preflight import Work
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import DataSource, Recipe
-from infoprune_export.workspace import Workspace, check_disk, check_output
+from infoprune_export.workspace import Workspace, check_output
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from infoprune_export.validation.report import Report
+    from infoprune_export.validation.report import Report, Resources
 
 ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
@@ -73,30 +75,49 @@ def run(job: Job) -> tuple[Bundle, Report]:
     job.check_training()
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
-    weights = sum(p.stat().st_size for p in _weight_files(job))
-    # Training keeps the untrained network and a checkpoint: weights, two moments of each, the best weights so far.
-    training = 6 * bool(recipe.train_steps)
-    check_disk(options.out, weights * (2 + len(dtypes) * (2 if recipe.weights else 1) + 2 * keep_original + training))
-    with Workspace(options.out, _run_key(job, keep_original), options.resume) as space:
+    ledger = Ledger(_work(job, dtypes, keep_original), options.out, options.spill or options.out, progress.note)
+    with Workspace(options.out, _run_key(job, keep_original), options.resume) as space, ledger.kept(space.folder):
         root = space.path
         job.scratch = space.scratch
         if recipe.train_steps:
-            space.stage("compress", lambda: _compress(job, space.scratch))
-            space.stage("train", lambda: _train(job, space.scratch, root))
+            ledger.stage(space, "compress", lambda: _compress(job, space.scratch))
+            job.clear_spill()
+            ledger.stage(space, "train", lambda: _train(job, space.scratch, root))
             announce(space.scratch, "done")
         else:
-            space.stage("compress", lambda: _compress(job, root))
+            ledger.stage(space, "compress", lambda: _compress(job, root))
+            job.clear_spill()
         plan = job.adopt(Plan.read(root / "plan.json"))
+        ledger.stage(space, "graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
+        resources = ledger.close()
         space.stage("reference", lambda: _reference(job, root, progress))
-        space.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
         if recipe.weights:
             space.stage("weights", lambda: _quantise(recipe, root, dtypes, progress))
         space.stage("engines", lambda: _engines(recipe, plan, root, options, keep_original, progress))
         bundle = Bundle(root, _manifest(job, root, dtypes))
-        report = _validate(job, bundle)
+        report = _validate(job, bundle, resources)
         bundle.write_manifest()
         space.finish()
     return Bundle.open(options.out, verify=False), report
+
+
+def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
+    from infoprune_export.compress.evidence import needs_gradients
+
+    recipe = job.recipe
+    compresses = recipe.kept < 1 or job.options.plan is not None
+    return Work(
+        anatomy=job.anatomy,
+        workload=job.workload,
+        parameters=job.checkpoint.parameters,
+        stored_bytes=sum(p.stat().st_size for p in _weight_files(job)),
+        kept=recipe.kept,
+        samples=recipe.samples if compresses else 0,
+        weighted=needs_gradients(recipe.criterion),
+        dtypes=tuple(dtypes),
+        original=keep_original,
+        train_steps=recipe.train_steps,
+    )
 
 
 def _compress(job: Job, root: Path) -> None:
@@ -260,7 +281,7 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     return plan
 
 
-def _validate(job: Job, bundle: Bundle) -> Report:
+def _validate(job: Job, bundle: Bundle, resources: Resources) -> Report:
     """Measures the bundle before it is put in place; the card quotes its figures, so it is hashed after this."""
     from infoprune_export.validation.card import model_card
     from infoprune_export.validation.validate import validate_bundle
@@ -276,6 +297,7 @@ def _validate(job: Job, bundle: Bundle) -> Report:
         notify=job.progress.note,
         progress=job.progress.counter(),
     )
+    report.resources = resources
     report.write(bundle.path, plan)
     write_atomically(bundle.path / "README.md", model_card(bundle.manifest, plan, report, licence=job.checkpoint.licence))
     return report

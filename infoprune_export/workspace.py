@@ -24,6 +24,7 @@ class Workspace:
     """The work folder of one output directory, to be used in a `with` block.
 
     Attributes:
+        folder: All that is written before the bundle is put in place.
         path: Where the bundle grows.
         scratch: For what a later stage or the next run needs and the bundle does not hold.
 
@@ -40,8 +41,8 @@ class Workspace:
         check_output(out)
         self.out = out.absolute()
         self.key, self.resume = key, resume
-        self._folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
-        self.path, self.scratch, self._stages = (self._folder / name for name in ("bundle", "scratch", "stages"))
+        self.folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self.path, self.scratch, self._stages = (self.folder / name for name in ("bundle", "scratch", "stages"))
         self._old = self.out.with_name(f".{self.out.name}.old")
         self._lock_path = self.out.with_name(f".{self.out.name}.lock")
         self._lock: IO[str] | None = None
@@ -61,8 +62,8 @@ class Workspace:
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.out)
-        if not self.resume and self._folder.exists():
-            shutil.rmtree(self._folder)
+        if not self.resume and self.folder.exists():
+            shutil.rmtree(self.folder)
         for directory in (self.path, self.scratch, self._stages):
             directory.mkdir(parents=True, exist_ok=True)
         return self
@@ -70,7 +71,7 @@ class Workspace:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         refused = isinstance(error, InfoPruneError) and not any(self._stages.glob("*"))
         if refused:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
             self._lock_path.unlink(missing_ok=True)
             self._lock.close()
@@ -97,7 +98,7 @@ class Workspace:
         if marker.exists():
             return False
         work()
-        _sync_tree(self._folder)
+        _sync_tree(self.folder)
         marker.touch()
         return True
 

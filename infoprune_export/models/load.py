@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from infoprune_export.models.anatomy import Anatomy
+
 PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -80,15 +82,29 @@ class SourceModel:
             InputError: weights that do not fit the config.
         """
         from infoprune_export.models.families import find_anatomy
-        from infoprune_export.models.streamed import checkpoint_shelf, lay_out, skeleton
+        from infoprune_export.models.streamed import checkpoint_shelf, lay_out
+
+        model = self._skeleton()
+        return lay_out(model, checkpoint_shelf(model, weight_files(self.directory), self.directory, device), find_anatomy(model))
+
+    def anatomy(self) -> Anatomy:
+        """What the config says where everything is; no weights are read.
+
+        Raises:
+            InputError: a config of which no model can be made, or whose parts are not found.
+        """
+        from infoprune_export.models.families import find_anatomy
+
+        return find_anatomy(self._skeleton())
+
+    def _skeleton(self) -> PreTrainedModel:
+        from infoprune_export.models.streamed import skeleton
 
         try:
-            model = skeleton(self.directory)
+            return skeleton(self.directory)
         except Exception as e:  # transformers raises anything from KeyError to ValueError here
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise InputError(f"no model can be made of its config ({reason})", where=self.directory / "config.json") from e
-        anatomy = find_anatomy(model)
-        return lay_out(model, checkpoint_shelf(model, weight_files(self.directory), self.directory, device), anatomy)
 
     def load_model(self, device: torch.device | str = "cpu") -> PreTrainedModel:
         """The model in float32 with all its weights, in evaluation mode.

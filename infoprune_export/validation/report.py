@@ -160,6 +160,21 @@ class NotMeasured(_Record):
     reason: str
 
 
+class Estimate(_Record):
+    """A figure that was predicted before the work, and measured."""
+
+    predicted: float
+    measured: float | None = Field(None, description="null where an earlier run had done a part of the work")
+
+
+class Resources(_Record):
+    """What compressing and exporting took on the machine that made the bundle."""
+
+    memory_bytes: Estimate = Field(description="peak of memory that no file lies behind")
+    disk_bytes: Estimate = Field(description="peak of the work folder")
+    seconds: Estimate
+
+
 class Report(_Record):
     schema_version: int = SCHEMA_VERSION
     tool: str
@@ -177,6 +192,7 @@ class Report(_Record):
     latency: dict[str, dict[str, PartLatency]] = {}
     latency_settings: dict[str, LatencySettings] = {}
     size: Size
+    resources: Resources | None = Field(None, description="what making the bundle took")
     gates: dict[str, Gate] = {}
     machine: dict[str, Any] = {}
     not_measured: list[NotMeasured] = []

@@ -1,0 +1,97 @@
+"""What a run takes, held against what was predicted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from infoprune_export.memory import read_small
+from infoprune_export.preflight import Needs, Work, check, gib, matrix_rate
+from infoprune_export.validation.report import Estimate, Resources
+from infoprune_export.workspace import Workspace
+
+WORTH_TELLING = 120
+"""Seconds from which a prediction of time is told."""
+LOOK_EVERY = 0.1
+"""Seconds between two looks at the memory."""
+
+
+class Ledger:
+    """Predicts, refuses what would not fit, and writes down what compressing and exporting took.
+
+    Args:
+        work: What is to be done.
+        out: The bundle's directory.
+        spill: Where hidden states go.
+        note: Gets a line where the work will take long.
+
+    Raises:
+        NotEnough: less memory or disk than the work takes.
+    """
+
+    def __init__(self, work: Work, out: Path, spill: Path, note: Callable[[str], None]):
+        self.needs: Needs = work.needs(matrix_rate())
+        check(self.needs, work, out, spill)
+        if self.needs.seconds >= WORTH_TELLING:
+            minutes = round(self.needs.seconds / 60)
+            note(f"compressing takes about {minutes} minutes, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
+        self.spill = spill
+        self._memory = self._disk = 0
+        self._seconds, self._whole = 0.0, True
+        self._folder = out
+
+    @contextmanager
+    def kept(self, folder: Path) -> Iterator[None]:
+        """Looks at the memory of this process, and knows where its files grow, until the context ends."""
+        self._folder, over = folder, threading.Event()
+
+        def look() -> None:
+            while not over.wait(LOOK_EVERY):
+                self._memory = max(self._memory, anonymous_bytes())
+
+        thread = threading.Thread(target=look, daemon=True)
+        self._watch, self._over = thread, over
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop()
+
+    def stage(self, space: Workspace, name: str, work: Callable[[], None]) -> None:
+        """Runs a stage of compressing or exporting; see `Workspace.stage`."""
+        begin = time.monotonic()
+        self._whole &= space.stage(name, work)
+        self._seconds += time.monotonic() - begin
+        self._disk = max(self._disk, tree_bytes(self._folder))
+
+    def close(self) -> Resources:
+        """What was taken until now, beside the prediction; what a run that was gone on from took before is not known."""
+        self._stop()
+        measured = (self._memory, self._disk, self._seconds) if self._whole else (None, None, None)
+        predicted = (self.needs.memory, self.needs.disk, self.needs.seconds)
+        memory, disk, seconds = (Estimate(predicted=p, measured=m) for p, m in zip(predicted, measured, strict=True))
+        return Resources(memory_bytes=memory, disk_bytes=disk, seconds=seconds)
+
+    def _stop(self) -> None:
+        self._over.set()
+        self._watch.join()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file lies behind; 0 where the system does not tell."""
+    for line in read_small(Path("/proc/self/status")).splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below a directory."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size * path.is_file()
+    return total

@@ -1,0 +1,193 @@
+"""What a run will take, predicted before it begins: memory, disk and time, from the model's sizes alone.
+
+The memory is that of compressing and exporting, where one layer is held at a time: pages of mapped files are the system's to
+take back and do not count. `ledger` holds what a run took against it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from infoprune_export.errors import NotEnough
+from infoprune_export.memory import memory
+from infoprune_export.models.anatomy import Anatomy, Layer
+from infoprune_export.models.flops import layer_flops, tower_passes
+from infoprune_export.recipe import Dtype, Workload
+
+BASE_BYTES = 550 * 2**20
+"""Of PyTorch, transformers and Python, before a model is there (seen: 0.5 GiB)."""
+TOKEN_FLOATS = 14.0
+"""Floats that a layer keeps of each token for its way back, in units of hidden size plus a third of the feed-forward's (seen)."""
+BATCH_TOKENS = 2048
+EIGEN_FLOPS = 60.0
+"""Decompositions and products on one moment of n columns, in units of n^3 products at the speed of a large one (seen)."""
+BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes.
+
+    Attributes:
+        memory: Bytes at the peak, without pages of mapped files.
+        network: Bytes of the smaller network and its factors.
+        graphs: Bytes of graphs and, where it is trained, of checkpoints.
+        spill: Bytes of hidden states and what is kept of pass 1, gone when the network is written.
+        spill_per_sample: The part of them that each calibration sample adds.
+        seconds: Of compressing and exporting; engines and validation come on top.
+    """
+
+    memory: int
+    network: int
+    graphs: int
+    spill: int
+    spill_per_sample: int
+    seconds: float
+
+    @property
+    def disk(self) -> int:
+        """Bytes at the peak, where everything is on one disk."""
+        return self.network + max(self.graphs, self.spill)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a prediction is made of.
+
+    Attributes:
+        anatomy: Of the model.
+        workload: One calibration sample has as many tokens.
+        parameters: All of the checkpoint's.
+        stored_bytes: Of the checkpoint's files.
+        kept: Fraction of the FLOPs.
+        samples: Calibration questions; 0 where nothing is compressed.
+        weighted: Whether gradients are gathered.
+        dtypes: Of the graphs.
+        original: Whether the original's graphs are kept.
+        train_steps: Whole networks are in memory where there are any.
+    """
+
+    anatomy: Anatomy
+    workload: Workload
+    parameters: int
+    stored_bytes: int
+    kept: float
+    samples: int
+    weighted: bool
+    dtypes: tuple[Dtype, ...]
+    original: bool
+    train_steps: int = 0
+
+    def needs(self, flops_per_second: float) -> Needs:
+        """The prediction, for a machine that multiplies matrices at a rate."""
+        layers = list(self.anatomy.layers())
+        mapped = self.stored_bytes >= 4 * self.parameters  # float32 weights are used where they lie
+        inside = sum(map(_parameters, layers))
+        rest = 0 if mapped else 4 * (self.parameters - inside)
+        largest = max(self._layer_memory(x, mapped) for x in layers)
+        whole = 3 * 4 * self.parameters if self.train_steps else 0
+        network = 4 * round(self.kept * self.parameters)
+        factors = network if self.samples else 0
+        graphs = sum(BYTES[d] for d in self.dtypes) * round((self.kept + self.original) * self.parameters)
+        training = 6 * 4 * self.parameters * bool(self.train_steps)
+        per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self.weighted / 8) for x in layers)
+        kept_moments = sum(8 * n**2 for x in layers for n in _ffn_widths(x)) * self.weighted
+        spill = round(self.samples * per_sample) + (kept_moments + factors if self.samples else 0)
+        seconds = sum(map(self._layer_flops, layers)) / flops_per_second if self.samples else 0.0
+        return Needs(max(BASE_BYTES + rest + largest, whole), network + factors, graphs + training, spill, round(per_sample), seconds)
+
+    def _tokens(self, layer: Layer) -> int:
+        """Of one calibration sample."""
+        return self.anatomy.geometry.tokens if layer.tower == "vision" else self.workload.prompt_tokens
+
+    def _layer_memory(self, layer: Layer, mapped: bool) -> int:
+        o, widths = layer.attention.o, _ffn_widths(layer)
+        weights = 0 if mapped else 4 * _parameters(layer)
+        biggest = max((m.d_in * m.d_out for m in layer.ffn.matrices.values()), default=0)
+        if not self.samples:
+            return weights + 8 * biggest
+        per_token = 4 * TOKEN_FLOATS * (o.d_out + layer.ffn.down.d_in / 3) if self.weighted else 8 * layer.ffn.down.d_in
+        tokens = max(self._tokens(layer), min(BATCH_TOKENS, self.samples * self._tokens(layer)))
+        moments = 8 * (o.d_in**2 + o.d_out**2 * self.weighted + sum(n**2 for n in widths) * (1 + self.weighted))
+        widest = max([o.d_in, o.d_out, *widths])
+        return weights + moments + max(round(per_token * tokens), 12 * biggest + 6 * 8 * widest**2)
+
+    def _layer_flops(self, layer: Layer) -> float:
+        o, widths = layer.attention.o, _ffn_widths(layer)
+        towers = tower_passes(self.anatomy, self.workload.model_copy(update={"batch": 1, "new_tokens": 1}))
+        forward = self.samples * layer_flops(layer, None, towers[layer.tower])
+        squares = o.d_in**2 + o.d_out**2 + 2 * sum(n**2 for n in widths)
+        moments = 2 * self.samples * self._tokens(layer) * squares
+        return forward * (1 + 2 * self.weighted + 2) + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
+
+
+def _parameters(layer: Layer) -> int:
+    maps = [getattr(layer.attention, role) for role in "qkvo"] + list(layer.ffn.matrices.values())
+    return sum(m.d_in * m.d_out for m in maps)
+
+
+def _ffn_widths(layer: Layer) -> list[int]:
+    return [min(m.d_in, m.d_out) for m in layer.ffn.matrices.values()]
+
+
+def matrix_rate(columns: int = 1536) -> float:
+    """FLOPs a second of this machine's float32 matrix products."""
+    a = np.ones((columns, columns), np.float32)
+    a @ a
+    begin = time.perf_counter()
+    a @ a
+    return 2 * columns**3 / (time.perf_counter() - begin)
+
+
+def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
+    """Stops before work that would not fit, and says what would.
+
+    Args:
+        needs: The prediction.
+        work: What it was made of.
+        out: The bundle's directory.
+        spill: Where hidden states go.
+
+    Raises:
+        NotEnough: memory or disk.
+    """
+    if needs.memory > (free := memory().available):
+        raise NotEnough(
+            f"compressing takes about {gib(needs.memory)} of memory at its peak, {gib(free)} are free",
+            where="this machine",
+            mend="use a machine with more memory"
+            + (", or leave --train-steps out: training holds whole networks" if work.train_steps else ""),
+        )
+    apart = os.stat(_nearest(out)).st_dev != os.stat(_nearest(spill)).st_dev
+    places = {_nearest(out): needs.network + needs.graphs, _nearest(spill): needs.spill} if apart else {_nearest(out): needs.disk}
+    for place, needed in places.items():
+        if needed <= (free := shutil.disk_usage(place).free):
+            continue
+        mends = []
+        if place == _nearest(spill if apart else out) and needs.spill > needs.graphs:
+            fitting = work.samples - -(-(needed - free) // needs.spill_per_sample)
+            mends += [f"--samples {fitting}"] * (fitting > 0)
+            mends += [f"--spill DIR on another disk, for {gib(needs.spill)} of it"]
+        mends += ["--no-original"] * work.original + ["another --out"]
+        raise NotEnough(
+            f"this run takes about {gib(needed)} of disk, {gib(free)} are free",
+            where=place,
+            mend=f"make space, or use {', or '.join(mends)}",
+        )
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest directory of a path that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def gib(n: float) -> str:
+    """Bytes in words."""
+    return f"{n / 2**30:.1f} GiB"
