@@ -71,6 +71,20 @@ class _PlanFile(click.Path):
         return path / "plan.json" if path.is_dir() else path
 
 
+class _Cpus(click.ParamType):
+    """Numbers of CPUs."""
+
+    name = "CPUS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        from infoprune_export.validation.affinity import parse
+
+        try:
+            return parse(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of CPUs; write numbers and ranges, such as 0,2-3", param, ctx)
+
+
 def _options(*names: str) -> Callable:
     """Adds shared options by name, so that each is declared once."""
 
@@ -269,9 +283,23 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Measuring time per part.")
 @click.option("--profile-layers", "layers", is_flag=True, help="Time the original's layers instead, by what is kept, for --latency.")
+@click.option("--cpus", type=_Cpus(), help="Run on these CPUs alone, such as 0,2-3.  [default: all]")
 @_options("engine", "threads", "json", "verbose", "quiet")
-def bench(directory: Path, seconds: float, layers: bool, engine: str | None, threads: int | None, as_json: bool, **given: Any) -> None:
+def bench(
+    directory: Path,
+    seconds: float,
+    layers: bool,
+    cpus: list[int] | None,
+    engine: str | None,
+    threads: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Time a bundle and its original, interleaved."""
+    if cpus:
+        from infoprune_export.validation.affinity import pin
+
+        pin(cpus)
     from infoprune_export.bundle import Bundle
     from infoprune_export.validation.bench import bench_bundle, profile_bundle
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import onnx
 import onnxruntime
 
 from infoprune_export.engines.base import Engine, TensorSpec
+from infoprune_export.engines.cache_buffers import OrtCacheBuffers
+from infoprune_export.engines.cache_fusion import CAPACITY, share_cache
 from infoprune_export.engines.graphs import quantised_with, read_graph
 from infoprune_export.errors import InputError, MissingRequirement
 
@@ -43,11 +45,16 @@ _QUIET = 3
 
 
 class OrtEngine(Engine):
-    """One component run by ONNX Runtime on the CPU, or on a CUDA device where its CUDA provider is installed."""
+    """One component run by ONNX Runtime on the CPU, or on a CUDA device where its CUDA provider is installed.
+
+    Attributes:
+        path: Of the graph.
+        session: ONNX Runtime's.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession, path: Path):
         self.path = path
-        self._session = session
+        self.session = session
         self.inputs = tuple(_spec(x, path) for x in session.get_inputs())
         self.outputs = tuple(_spec(x, path) for x in session.get_outputs())
         self._dtypes = {x.name: x.dtype for x in (*self.inputs, *self.outputs)}
@@ -83,25 +90,39 @@ class OrtEngine(Engine):
     def run_on_device(self, feeds: Mapping[str, Any], stay: Collection[str]) -> dict[str, Any]:
         return self._run(feeds, self._names, stay)
 
+    def open_cache(self, batch: int, capacity: int) -> OrtCacheBuffers | None:
+        in_place = self._device == "cpu" and any(CAPACITY in x.shape for x in self.inputs)
+        return OrtCacheBuffers(self, batch, capacity) if in_place else None
+
+    def run_binding(self, binding: onnxruntime.IOBinding) -> None:
+        """Runs on inputs and outputs that are bound already.
+
+        Raises:
+            InputError: ONNX Runtime cannot run the graph on them.
+        """
+        self._explained(self.session.run_with_iobinding, binding)
+
     def _run(self, feeds: Mapping[str, Any], outputs: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
-        run = self._run_bound if self._binds else self._run_arrays
+        return self._explained(self._run_bound if self._binds else self._run_arrays, feeds, outputs, stay)
+
+    def _explained(self, run: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return run(feeds, outputs, stay)
+            return run(*arguments)
         except Exception as e:  # ONNX Runtime's exceptions share no base of their own
             raise InputError(f"ONNX Runtime cannot run this graph on these inputs ({_reason(e)})", where=self.path) from e
 
     def _run_arrays(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
         """On the CPU nothing has to stay: ONNX Runtime hands its own memory out as NumPy arrays."""
-        return dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
+        return dict(zip(outputs, self.session.run(outputs, feeds), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Any], outputs: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
-        binding = self._session.io_binding()
+        binding = self.session.io_binding()
         values = {name: self._value(array) for name, array in feeds.items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
             binding.bind_output(name, self._device if name in stay else "cpu")
-        self._session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding)
         results = zip(outputs, binding.get_outputs(), strict=True)
         return {name: value if name in stay else _to_numpy(value, self._dtypes[name]) for name, value in results}
 
@@ -119,7 +140,8 @@ def build(graph: Path, out: Path) -> Path:
     """Writes a graph as ONNX Runtime optimises it, for any CPU.
 
     The level is EXTENDED: operators are fused, but memory layouts that fit only the building machine are
-    left to load time. The same graph gives the same bytes. Weights go to `<out>_data`.
+    left to load time. The same graph gives the same bytes. Weights go to `<out>_data`. A decoder works on its cache in place
+    where it can (see `cache_fusion`).
 
     Args:
         graph: ONNX file.
@@ -131,7 +153,9 @@ def build(graph: Path, out: Path) -> Path:
     Raises:
         InputError: a graph that cannot be opened.
     """
-    scale = quantised_with(read_graph(graph))
+    model = read_graph(graph)
+    scale = quantised_with(model)
+    share_cache(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -139,11 +163,11 @@ def build(graph: Path, out: Path) -> Path:
     data = f"{out.name}_data"
     try:
         if scale in (None, onnx.TensorProto.FLOAT):
-            _write_optimised(graph, part / out.name)
+            _write_optimised(graph, part / out.name, model)
         else:
             # The CPU has no half-precision kernel: a cast comes before the scales, and the integer kernels, which want constant ones,
             # give zeros (ONNX Runtime 1.32 at this level). The second time it is folded into them.
-            _write_optimised(graph, part / "cast" / out.name)
+            _write_optimised(graph, part / "cast" / out.name, model)
             _write_optimised(part / "cast" / out.name, part / out.name)
         for name in (data, out.name):  # the graph last, so that a graph never stands without its weights
             if (part / name).exists():
@@ -153,14 +177,16 @@ def build(graph: Path, out: Path) -> Path:
     return out
 
 
-def _write_optimised(graph: Path, out: Path) -> None:
+def _write_optimised(graph: Path, out: Path, changed: onnx.ModelProto | None = None) -> None:
+    """Writes a graph, or what was made of it without its weights, as ONNX Runtime optimises it."""
     out.parent.mkdir(exist_ok=True)
     options = _options(threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(out)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{out.name}_data")
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(EXTERNAL_FROM_BYTES))
-    _session(graph, options, ["CPUExecutionProvider"])
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    _session(graph, options, ["CPUExecutionProvider"], changed.SerializeToString() if changed else None)
 
 
 def _options(threads: int | None) -> onnxruntime.SessionOptions:
@@ -174,9 +200,12 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
     return options
 
 
-def _session(path: Path, options: onnxruntime.SessionOptions, providers: list[str]) -> onnxruntime.InferenceSession:
+def _session(
+    path: Path, options: onnxruntime.SessionOptions, providers: list[str], changed: bytes | None = None
+) -> onnxruntime.InferenceSession:
+    """Opens a graph, or what was made of it without its weights."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+        return onnxruntime.InferenceSession(changed or str(path), options, providers=providers)
     except Exception as e:  # ONNX Runtime's exceptions share no base of their own
         mend = "use another --dtype: it has no such operator for this device" if "Could not find an implementation" in str(e) else None
         raise InputError(f"ONNX Runtime cannot open this graph ({_reason(e)})", where=path, mend=mend) from e

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from infoprune_export.engines.cache_fusion import share_cache
 from infoprune_export.models.anatomy import Anatomy, Layer, Linear
 from infoprune_export.recipe import Dtype
 
@@ -83,9 +84,12 @@ class _Graph:
     def silu(self, x: str) -> str:
         return self.add("Mul", x, self.add("Sigmoid", x))
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: Path, shared: bool = False) -> Path:
         graph = helper.make_graph(self.nodes, path.stem, self.inputs, self.outputs, list(self.constants.values()))
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION), path)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        if shared:
+            share_cache(model)
+        onnx.save(model, path)
         return path
 
     def _constant(self, name: str, value: np.ndarray) -> str:
@@ -125,8 +129,8 @@ def embedding(path: Path, anatomy: Anatomy, dtype: Dtype) -> Path:
     return g.save(path)
 
 
-def decoder(path: Path, anatomy: Anatomy, blocks: Sequence[Block], dtype: Dtype) -> Path:
-    """A decoder of these blocks, with its head."""
+def decoder(path: Path, anatomy: Anatomy, blocks: Sequence[Block], dtype: Dtype, shared: bool = False) -> Path:
+    """A decoder of these blocks, with its head; `shared`: as an ONNX Runtime engine has it, working on its cache in place."""
     g, hidden = _Graph(dtype), anatomy.language.hidden
     x = g.input("inputs_embeds", ("batch", "sequence", hidden))
     mask = g.input("attention_mask", ("batch", "past + sequence"), TensorProto.INT64)
@@ -136,7 +140,7 @@ def decoder(path: Path, anatomy: Anatomy, blocks: Sequence[Block], dtype: Dtype)
     x = g.add("Slice", x, g.integers(-1), g.integers(2**62), g.integers(1))
     g.add("MatMul", x, g.weight(hidden, anatomy.vocab_size), out="logits")
     g.output("logits", ("batch", 1, anatomy.vocab_size))
-    return g.save(path)
+    return g.save(path, shared)
 
 
 def _blocks(g: _Graph, x: str, blocks: Sequence[Block], attend: Attend) -> str:

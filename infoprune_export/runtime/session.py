@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from infoprune_export.bundle import COMPONENTS, Bundle, engine_name, graph_file
 from infoprune_export.engines import load_engine
-from infoprune_export.engines.base import Engine
+from infoprune_export.engines.base import CacheBuffers, Engine, Step
 from infoprune_export.errors import InputError
 from infoprune_export.precision import Precision
 from infoprune_export.runtime.config import ModelConfig
@@ -28,17 +28,25 @@ EngineName = Literal["onnx", "ort", "trt"]
 PAST, PRESENT = "past_key_values.", "present."
 
 
+GROWTH = 256
+"""Tokens of room at least that a cache gets behind a prompt when nobody says how many will come."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens so far, as the decoder's engine holds them.
 
     Attributes:
-        past: Decoder input name to array.
+        past: Decoder input name to array, or buffers that every cache of this prompt writes into.
         attention_mask: [batch, tokens so far] int64, 0 where padded.
+        fixed: Whether the buffers' capacity was asked for, and may not grow.
+        step: What wrote the last of the tokens into the buffers.
     """
 
-    past: dict[str, Any]
+    past: dict[str, Any] | CacheBuffers
     attention_mask: np.ndarray
+    fixed: bool = False
+    step: Step | None = None
 
 
 class Session:
@@ -118,43 +126,59 @@ class Session:
             embeds[places] = image_features.reshape(expected, -1).astype(embeds.dtype, copy=False)
         return embeds
 
-    def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray) -> tuple[np.ndarray, Cache]:
+    def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, capacity: int | None = None) -> tuple[np.ndarray, Cache]:
         """Reads whole prompts.
 
         Args:
             inputs_embeds: [batch, sequence, hidden], padded on the left.
             attention_mask: [batch, sequence], 0 where padded.
+            capacity: Most tokens of a row, prompt and answer together; room is made as it is needed when None.
 
         Returns:
             Logits [batch, vocab] float32 after the last token, and the cache.
+
+        Raises:
+            InputError: the prompt is longer than the capacity.
         """
-        batch = len(inputs_embeds)
-        past = {name: np.zeros((batch, x.shape[1], 0, x.shape[3]), x.dtype) for name, x in self._past.items()}
+        batch, tokens = attention_mask.shape
+        past = self._decoder.open_cache(batch, tokens + GROWTH if capacity is None else capacity)
+        if past is None:
+            past = {name: np.zeros((batch, x.shape[1], 0, x.shape[3]), x.dtype) for name, x in self._past.items()}
         positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)
-        return self._decode(inputs_embeds, attention_mask, positions, past)
+        return self._decode(inputs_embeds, positions, Cache(past, attention_mask, capacity is not None))
 
     def step(self, token_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Reads one more token of every row.
 
         Args:
             token_ids: [batch].
-            cache: Of the tokens before; it stays as it is.
+            cache: Of the tokens before. It can be continued again later; of an engine that works in place, what was made of it
+                before then ends.
 
         Returns:
             Logits [batch, vocab] float32, and the longer cache.
+
+        Raises:
+            InputError: the cache has no room left, or another continuation took its place.
         """
         mask = np.pad(cache.attention_mask, ((0, 0), (0, 1)), constant_values=1)
-        return self._decode(self.embed(token_ids[:, None]), mask, mask.sum(-1, keepdims=True) - 1, cache.past)
+        past, tokens = cache.past, mask.shape[1]
+        if isinstance(past, CacheBuffers) and tokens > past.capacity and not cache.fixed:
+            past = past.larger(tokens - 1, 2 * tokens)
+        longer = replace(cache, past=past, attention_mask=mask)
+        return self._decode(self.embed(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)
 
-    def _decode(
-        self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, position_ids: np.ndarray, past: dict[str, Any]
-    ) -> tuple[np.ndarray, Cache]:
-        feeds = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+    def _decode(self, inputs_embeds: np.ndarray, position_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
+        """Reads tokens; `cache` has the past, and a mask that covers them."""
+        feeds = {"inputs_embeds": inputs_embeds, "attention_mask": cache.attention_mask, "position_ids": position_ids}
         types = {x.name: x.dtype for x in self._decoder.inputs}
         feeds = {name: x.astype(types[name], copy=False) for name, x in feeds.items()}
-        results = self._decoder.run_on_device({**feeds, **past}, self._stay)
+        if isinstance(cache.past, CacheBuffers):
+            logits, step = cache.past.run(feeds, cache.step)
+            return logits[:, -1].astype(np.float32), replace(cache, step=step)
+        results = self._decoder.run_on_device({**feeds, **cache.past}, self._stay)
         present = {PAST + name.removeprefix(PRESENT): results[name] for name in self._stay}
-        return results["logits"][:, -1].astype(np.float32), Cache(present, attention_mask)
+        return results["logits"][:, -1].astype(np.float32), replace(cache, past=present)
 
     def generate(
         self,
@@ -162,6 +186,7 @@ class Session:
         pixel_values: np.ndarray | None,
         max_new_tokens: int,
         eos_ids: Sequence[int] | None = None,
+        capacity: int | None = None,
     ) -> Iterator[np.ndarray]:
         """Continues a batch of prompts greedily.
 
@@ -170,17 +195,26 @@ class Session:
             pixel_values: [images of all prompts in their order, channels, height, width]; None without images.
             max_new_tokens: Most tokens to make; fewer where the model's positions run out.
             eos_ids: Tokens that end a row; the model's own when None, none at all when empty.
+            capacity: Tokens that the cache has room for; what prompt and answer can take when None.
 
         Yields:
             [batch] int64, the next token of every row. A finished row repeats its end token; it stops when all are finished.
+
+        Raises:
+            InputError: with the first token, for a prompt that is too long for the model or, with its answer, for the capacity.
         """
         ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
         ids, mask = left_pad(input_ids, 1 if self.config.image_token_id == 0 else 0)
         self.config.check_length(ids.shape[1])
         if self.config.max_positions is not None:
             max_new_tokens = min(max_new_tokens, self.config.max_positions - ids.shape[1] + 1)  # the last is never read
+        most = ids.shape[1] + max_new_tokens
+        if capacity is not None and capacity < most:
+            what = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit into a cache for {capacity}"
+            raise InputError(what, mend=f"give a capacity of {most}, or none")
         features = None if pixel_values is None else self.encode_images(pixel_values)
-        logits, cache = self.prefill(self.embed(ids, features), mask)
+        bounded = self.config.max_positions is not None
+        logits, cache = self.prefill(self.embed(ids, features), mask, capacity or (most if bounded else None))
         tokens = logits.argmax(-1)
         for _ in range(max_new_tokens - 1):
             yield tokens

@@ -102,6 +102,7 @@ class Timing(_Record):
 
     median_ms: float
     p90_ms: float
+    p95_ms: float | None = Field(None, description="null in reports of early versions")
     p99_ms: float
     mean_ms: float
     min_ms: float
@@ -133,6 +134,7 @@ class LatencySettings(_Record):
     workload: Workload
     seconds_per_part: float
     warmup_rounds: int
+    cpus: list[int] | None = Field(None, description="those that the process may run on; null where the system does not say")
     load_average: float | None = Field(None, description="processes wanting a core in the minute before; times are noisy above the cores")
     transfers: str = "host to host: inputs and outputs are arrays in main memory"
 

@@ -132,7 +132,7 @@ class StandIns:
         engines = {
             VISION: self._engine(VISION, vision, lambda path: stacks.vision(path, anatomy, vision, dtype)),
             EMBED: self._engine(EMBED, (), lambda path: stacks.embedding(path, anatomy, dtype)),
-            DECODER: self._engine(DECODER, language, lambda path: stacks.decoder(path, anatomy, language, dtype)),
+            DECODER: self._engine(DECODER, language, lambda path: stacks.decoder(path, anatomy, language, dtype, shared=True)),
         }
         samples = part_samples(Session(engines, self._config), self._inputs, self.setting.workload.new_tokens)
         return {part: samples[part] for part in self.setting.passes}

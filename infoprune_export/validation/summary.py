@@ -9,6 +9,7 @@ from rich.text import Text
 
 from infoprune_export.timetable import TimeTable
 from infoprune_export.validation import figures
+from infoprune_export.validation.affinity import spans
 from infoprune_export.validation.report import PartLatency, Report
 
 
@@ -55,17 +56,32 @@ def latency_table(report: Report) -> RenderableType:
     for engine, parts in report.latency.items():
         timings = [t for record in parts.values() for t in (record.original, record.compressed, record.quantised) if t is not None]
         unit, scale = ("s", 1e-3) if any(t.max_ms >= 10_000 for t in timings) else ("ms", 1.0)
-        table = _table(f"{escape(engine)}, {unit}", "", "median", "p90", "p99", "mean", "min", "max", "n", gap=1)
+        table = _table(f"{escape(engine)}, {unit}", "", "min", "mean", "median", "p90", "p95", "p99", "max", "n", gap=1)
         table.columns[1].justify = "left"
         for part, record in parts.items():
             quantised = f" [bold]{figures.times(record.quantised_speedup)}[/]" if record.quantised_speedup else ""
             names = [figures.PART_NAMES.get(part, escape(part)), _gain(record), quantised]
             for side, t in (("original", record.original), ("compressed", record.compressed), ("quantised", record.quantised)):
                 if t is not None:
-                    values = (t.median_ms, t.p90_ms, t.p99_ms, t.mean_ms, t.min_ms, t.max_ms)
-                    table.add_row(names.pop(0), side, *(figures.significant(scale * v) for v in values), str(t.n))
-        groups.append(table)
+                    values = (t.min_ms, t.mean_ms, t.median_ms, t.p90_ms, t.p95_ms, t.p99_ms, t.max_ms)
+                    shown = (figures.ABSENT if v is None else figures.significant(scale * v) for v in values)
+                    table.add_row(names.pop(0), side, *shown, str(t.n))
+        groups += [table, *_settings(report, engine)]
     return Group(*groups, Text(str(report.workload), style="dim"), *_missing(report))
+
+
+def _settings(report: Report, engine: str) -> list[Text]:
+    """What the figures depend on."""
+    s = report.latency_settings.get(engine)
+    if s is None:
+        return []
+    threads = f"{s.threads} thread{'s' * (s.threads != 1)}" if s.threads else "threads of the engine's choice"
+    turns = "both networks in turn" if any(p.original for p in report.latency[engine].values()) else "the compressed network alone"
+    said = [f"{s.dtype}, {threads}"]
+    said += [f"on CPUs {spans(s.cpus)}"] if s.cpus else []
+    said += [f"{s.warmup_rounds} warm-up rounds, then {s.seconds_per_part:g} s a part, {turns}", s.transfers.partition(":")[0]]
+    said += [f"load average before {s.load_average:g}"] if s.load_average is not None else []
+    return [Text("; ".join(said), style="dim")]
 
 
 def layer_table(table: TimeTable) -> RenderableType:

@@ -17,6 +17,7 @@ from infoprune_export.recipe import DataSource, Workload
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import EngineName, Session
 from infoprune_export.validation import accuracy, latency, numerics, quantisation, tasks
+from infoprune_export.validation.affinity import allowed
 from infoprune_export.validation.baseline import Baseline, find_baseline
 from infoprune_export.validation.generation import dtype_of, limits_of
 from infoprune_export.validation.overflow import first_overflow
@@ -275,6 +276,7 @@ class Run:
                 workload=workload,
                 seconds_per_part=seconds,
                 warmup_rounds=latency.WARMUP_ROUNDS,
+                cpus=allowed(),
                 load_average=load,
             )
             for part in PARTS:

@@ -23,10 +23,10 @@ def anatomy(request):
     return find_anatomy(build(*request.param))
 
 
-def _components(anatomy, make, directory, dtype="fp32"):
+def _components(anatomy, make, directory, dtype="fp32", shared=False):
     vision, language = ([make(x) for x in anatomy.tower(t).layers] for t in ("vision", "language"))
     stacks.vision(directory / graph_file(VISION, dtype), anatomy, vision, dtype)
-    stacks.decoder(directory / graph_file(DECODER, dtype), anatomy, language, dtype)
+    stacks.decoder(directory / graph_file(DECODER, dtype), anatomy, language, dtype, shared)
     return directory
 
 
@@ -52,17 +52,19 @@ def test_they_have_the_flops_of_what_they_stand_in_for(anatomy, tmp_path, groups
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_they_run_and_stay_finite_and_small(anatomy, tmp_path, dtype):
-    _components(anatomy, stacks.whole, tmp_path, dtype)
+@pytest.mark.parametrize("shared", [False, True])
+def test_they_run_and_stay_finite_and_small(anatomy, tmp_path, dtype, shared):
+    _components(anatomy, stacks.whole, tmp_path, dtype, shared)
     vision = OrtEngine.open(tmp_path / graph_file(VISION, dtype), 1)
     features = vision.run({"pixel_values": np.ones((2, 3, 16, 16), vision.inputs[0].dtype)})["image_features"]
     assert features.shape == (2, anatomy.geometry.image_tokens, anatomy.language.hidden)
     assert np.isfinite(features).all()
     decoder = OrtEngine.open(tmp_path / graph_file(DECODER, dtype), 1)
     feeds = {"attention_mask": np.ones((1, 9), np.int64), "position_ids": np.arange(4, 9)[None]}
+    sizes = {"batch": 1, "sequence": 5, "past": 4, "capacity": 4}
     for x in decoder.inputs:
         if x.name not in feeds:
-            feeds[x.name] = np.ones([n if isinstance(n, int) else {"batch": 1, "sequence": 5, "past": 4}[n] for n in x.shape], x.dtype)
+            feeds[x.name] = np.ones([sizes.get(n, n) for n in x.shape], x.dtype)
     results = decoder.run(feeds)
     assert np.isfinite(results["logits"]).all()
     assert results["present.0.key"].shape[2] == 9

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from infoprune_export.errors import MissingRequirement
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_speed  # noqa: E402
 from shapes import SHAPES  # noqa: E402
-from speed import bundles, slices, weights  # noqa: E402
+from speed import bundles, capacity, exports, genai, slices, weights  # noqa: E402
 
 TIMES = {"median_ms": 10.0}
 FOUND = {
@@ -66,6 +70,48 @@ def test_every_part_keeps_at_most_its_share_and_efficiency_is_speedup_times_that
         assert 0.2 < x["kept"] < 0.6, part
 
 
+def test_a_token_by_length_and_by_capacity(tmp_path):
+    shape = replace(SHAPES["small"], hidden=64, heads=4, layers=2)
+    found = capacity.measure(tmp_path, threads=1, seconds=0.2, shape=shape, lengths=(100, 700))
+    assert set(found["capacity"]) == {"256", "4096"} and set(found["length"]) == {"100", "700"}
+    assert found["capacity_slope"] == found["capacity"]["4096"]["median_ms"] / found["capacity"]["256"]["median_ms"]
+    assert found["length_fit"] == pytest.approx(1)  # two points lie on a line
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("onnxruntime_genai"), reason="a peer that is not installed")
+def test_our_graph_and_the_builders_agree(tmp_path):
+    found = genai.measure(replace(genai.DENSE, layers=2, prompt=20), tmp_path, threads=1, seconds=0.2)
+    assert set(found["parts"]) == {"prefill", "decode"} and found["difference"] < 1e-4
+
+
+def test_a_peer_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(genai.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingRequirement, match=r"onnxruntime-genai is not installed\npip install \"infoprune-export\[dev\]\""):
+        genai.measure(genai.DENSE, tmp_path, threads=1, seconds=0.2)
+
+
+def test_exports_take_turns_in_processes_of_their_own(tmp_path, monkeypatch):
+    started = []
+
+    def run(line, **options):
+        started.append(line[2])
+        took = {"seconds": len(started), "peak_mib": 100.0 if line[2] == "ours" else 400.0, "files": {}}
+        return subprocess.CompletedProcess(line, 0, stdout=f"chatter\n{json.dumps(took)}\n", stderr="")
+
+    monkeypatch.setattr(exports.subprocess, "run", run)
+    found = exports.measure(Path("model"), tmp_path)
+    assert started == ["ours", "transformers"] * 3
+    assert found["ours"]["seconds"] == 3 and found["time_ratio"] == 3 / 4 and found["memory_ratio"] == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", exports.SIDES)
+def test_an_export_says_what_it_took(side, small_model, tmp_path):
+    done = subprocess.run([sys.executable, exports.__file__, side, small_model, tmp_path], capture_output=True, text=True, check=True)
+    took = json.loads(done.stdout.splitlines()[-1])
+    assert took["seconds"] > 0 and took["peak_mib"] > 100 and any(name.endswith("data") for name in took["files"])
+
+
 def test_slices_have_true_sizes():
     shape = slices.slice_of(4)
     assert (shape.layers, shape.vision_layers, shape.hidden, shape.ffn, shape.prompt) == (4, 5, 4096, 11008, 640)
@@ -79,7 +125,38 @@ def test_figures_and_table():
     text = bench_speed.table(FOUND, [{"what": "smol", "reason": "not built"}], 2)
     assert "| LLaVA-1.5-7B, slices | prefill | 10 ms | 4 ms | 2.50x | 0.330 | 82% |" in text
     assert "| tiny-llava | end_to_end | 10 ms | 5 ms | 2.00x | 0.330 | 66% |" in text
-    assert "- Not measured: smol (not built)" in text
+    assert "- Not measured: smol (not built)" in text and "peer" not in text
+
+
+def test_figures_and_table_of_peers_and_cache():
+    peer = {"ours": TIMES, "genai": {"median_ms": 8.0}, "over_genai": 1.25}
+    took, ratios = {"seconds": 4.0, "peak_mib": 500.0}, (("tiny-llava", 1.0), ("smol-llava", 0.5))
+    found = {
+        "frameworks": {"ours": TIMES, "torch": {"median_ms": 20.0}, "over_torch": 0.5, "not_measured": "torch.compile: no compiler"},
+        "dense": {"parts": {"prefill": peer, "decode": peer}},
+        "decode": {
+            "capacity": {"256": TIMES, "4096": TIMES},
+            "capacity_slope": 1.0,
+            "length": {"100": TIMES, "4000": {"median_ms": 12.0}},
+            "length_fit": 0.99,
+        },
+        "export": {"checkpoints": {n: {"ours": took, "transformers": took, "time_ratio": r, "memory_ratio": r} for n, r in ratios}},
+    }
+    checks = {x["name"]: x["value"] for x in bench_speed.figures(found)}
+    assert checks["export.time_ratio"] == 0.5
+    assert list(checks) == [
+        "smol.end_to_end.over_torch",
+        "decode.capacity_slope",
+        "decode.length_fit",
+        "export.time_ratio",
+        "export.memory_ratio",
+        "dense.prefill.over_genai",
+        "dense.decode.over_genai",
+    ]
+    text = bench_speed.table(found, [], 2)
+    assert "| smol-llava: end to end | PyTorch, eager | 10 ms | 20 ms | 0.50 |" in text
+    assert "| Llama, 8 layers of 768: decode | onnxruntime-genai's graph | 10 ms | 8 ms | 1.25 |" in text
+    assert "| ms | 10 | 12 |" in text and "ratio 1.000" in text
 
 
 def test_figures_and_table_of_int4_weights():

@@ -181,7 +181,7 @@ class FakeSession:
             embeds[input_ids == self.config.image_token_id] = image_features.reshape(-1, HIDDEN)
         return embeds
 
-    def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, capacity: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         self.calls.append("prefill")
         position = attention_mask.cumsum(1)
         state = (inputs_embeds * (attention_mask * np.cos(position))[..., None]).sum(1)

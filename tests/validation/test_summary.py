@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from infoprune_export.validation.report import LatencySettings
 from infoprune_export.validation.summary import latency_table, summary_table
 
 
@@ -60,8 +61,17 @@ def test_user_strings_are_not_read_as_markup(report):
 def test_order_statistics_of_both_sides(report):
     text = printed(latency_table(report))
     assert text.count("original") == text.count("compressed") == 4
-    for column in ("median", "p90", "p99", "mean", "min", "max"):
+    for column in ("min", "mean", "median", "p90", "p95", "p99", "max"):
         assert column in text
+
+
+def test_the_settings_that_change_a_figure(report):
+    report.latency_settings["ort"] = LatencySettings(
+        dtype="fp32", threads=2, workload=report.workload, seconds_per_part=5, warmup_rounds=2, cpus=[0, 1, 3], load_average=0.4
+    )
+    text = " ".join(printed(latency_table(report)).split())
+    assert "fp32, 2 threads; on CPUs 0-1,3; 2 warm-up rounds, then 5 s a part, both networks in turn; host to host; load" in text
+    assert "load average before 0.4" in text
 
 
 def test_without_an_original(report):

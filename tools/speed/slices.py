@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,13 @@ from infoprune_export.engines.onnxruntime import build as build_engine
 from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.models.flops import count
-from infoprune_export.validation.latency import interleave, timing
+from infoprune_export.validation.latency import interleave, timed, timing
+from speed.caches import Decoding
 
 FLOPS = 0.33
 """Kept of each part's own."""
+ROOM = 16
+"""Tokens that a cache has room for behind the prompt."""
 
 
 def slice_of(layers: int) -> Shape:
@@ -72,41 +74,19 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
 
 
 def _vision(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
-    return _timed(engine, {"pixel_values": _random(1, 3, shape.image, shape.image)}), 0
+    pixels = np.random.default_rng(0).standard_normal((1, 3, shape.image, shape.image), dtype=np.float32)
+    return timed(lambda: engine.run({"pixel_values": pixels})), 0
 
 
 def _prefill(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
-    return _timed(engine, _feeds(engine, shape, shape.prompt, 0)), 0
+    return Decoding(engine, shape.hidden, shape.prompt + ROOM).prefill(shape.prompt), 0
 
 
 def _decode(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
-    feeds = _feeds(engine, shape, 1, shape.prompt)
-    return _timed(engine, feeds), sum(a.nbytes for name, a in feeds.items() if name.startswith("past"))
-
-
-def _feeds(engine: OrtEngine, shape: Shape, tokens: int, past: int) -> dict[str, np.ndarray]:
-    feeds = {
-        "inputs_embeds": _random(1, tokens, shape.hidden),
-        "attention_mask": np.ones((1, past + tokens), np.int64),
-        "position_ids": np.arange(past, past + tokens)[None],
-    }
-    for x in engine.inputs:
-        if x.name not in feeds:
-            feeds[x.name] = _random(1, int(x.shape[1]), past, int(x.shape[3]))
-    return feeds
-
-
-def _random(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-
-
-def _timed(engine: OrtEngine, feeds: dict[str, np.ndarray]) -> Callable[[], float]:
-    def sample() -> float:
-        start = time.perf_counter()
-        engine.run(feeds)
-        return 1e3 * (time.perf_counter() - start)
-
-    return sample
+    request = Decoding(engine, shape.hidden, shape.prompt + ROOM)
+    _, step = request.read(shape.prompt)
+    widths = [x.shape[1] * x.shape[3] * x.dtype.itemsize for x in engine.inputs if x.name.startswith("past_key_values.")]
+    return request.decode(shape.prompt, step), shape.prompt * sum(widths)
 
 
 PARTS = (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode))
