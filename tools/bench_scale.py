@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Measures what large models take on a small machine: memory, time, disk, and what a killed run costs.
+
+    python tools/bench_scale.py                     # into benchmarks/scale; a quiet machine, 70 GB of disk, some three hours
+    python tools/bench_scale.py --only scaling      # one section; what OUT has of the others stays
+    python tools/bench_scale.py --quick --out DIR   # a network of 0.1 billion parameters and its kills, in minutes
+
+All networks have random weights. A section that cannot be measured says why; its checks are absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("scaling", "factor", "kill", "llava7b")
+QUICK = ("scaling", "factor", "kill")
+SAMPLES = 8
+KILLS, QUICK_KILLS = 10, 3
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Returns the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="0.1 billion parameters, a small matrix, fewer kills")
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be repeated")
+    parser.add_argument("--size", action="append", help="of the section scaling, such as 0.3; may be repeated (default: all)")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where results go (default: benchmarks/scale, build/scale/quick with --quick)")
+    args = parser.parse_args(arguments)
+    args.out = args.out or (ROOT / "build" / "scale" / "quick" if args.quick else ROOT / "benchmarks" / "scale")
+    args.only = args.only or list(QUICK if args.quick else SECTIONS)
+    return args
+
+
+def scaling(work: Path, sizes: list[str]) -> dict[str, Any]:
+    """Runs of several sizes: parameters, bytes of the largest layer in float32, what compressing took, and all of the process tree."""
+    from scale.runs import Run
+    from scale.shapes import SIZES
+
+    from infoprune_export.inspect import parameters
+    from infoprune_export.models.families import find_anatomy
+    from infoprune_export.models.streamed import skeleton
+
+    found = {}
+    for name in sizes:
+        config = SIZES[name].write(work / f"config-{name}")
+        model = skeleton(config)
+        run = Run(str(config), work / f"scaling-{name}", SAMPLES)
+        result = run.whole()
+        found[name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "layer_bytes": 4 * max(parameters(x, None) for x in find_anatomy(model).layers()),
+            "resources": result["report"]["resources"],
+            "tree_bytes": result["tree_bytes"],
+            "seconds": result["seconds"],
+        }
+        print(f"  {name}: {result['seconds']:.0f} s, {result['tree_bytes'] / 2**30:.2f} GiB", flush=True)
+        shutil.rmtree(run.out)
+    return found
+
+
+def killing(work: Path, size: str, tries: int) -> dict[str, Any]:
+    """See `runs.kills`."""
+    from scale.runs import Run, kills
+    from scale.shapes import SIZES
+
+    config = SIZES[size].write(work / f"config-{size}")
+    return {"size": size, **kills(lambda n: Run(str(config), work / f"kill-{n}", SAMPLES), tries, seed=0)}
+
+
+def line(sizes: list[float], values: list[float]) -> dict[str, float]:
+    """A straight line through points, and how much of their spread it explains (R^2)."""
+    import numpy as np
+
+    x, y = np.array(sizes), np.array(values)
+    slope, level = np.polyfit(x, y, 1)
+    left = y - (slope * x + level)
+    return {"slope": float(slope), "level": float(level), "r2": float(1 - (left @ left) / ((y - y.mean()) @ (y - y.mean())))}
+
+
+def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks that were measured, by the names that summary.json has."""
+    from scale import llava7b
+
+    values: dict[str, float] = {}
+    if len(points := _points(found)) > 2:
+        values["scaling.time_fit"] = line([x["parameters"] for x in points], [_seconds(x) for x in points])["r2"]
+        memory = [x["resources"]["memory_bytes"]["measured"] for x in points]
+        values["scaling.memory_growth_gib"] = (memory[-1] - memory[0]) / 2**30
+        values["scaling.layer_growth_gib"] = (points[-1]["layer_bytes"] - points[0]["layer_bytes"]) / 2**30
+    if "kill" in found:
+        values |= {f"kill.{name}": found["kill"][name] for name in ("identical", "tried")}
+    if "factor" in found:
+        values |= {"factor.speedup_over_svdllm": found["factor"]["speedup"], "factor.error_over_svdllm": found["factor"]["error"]}
+    if "llava7b" in found:
+        values |= llava7b.checks(found["llava7b"])
+    return [{"name": name, "value": round(value, 4)} for name, value in values.items()]
+
+
+def _points(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every size that was measured, in ascending order."""
+    return sorted(found.get("scaling", {}).get("sizes", {}).values(), key=lambda x: x["parameters"])
+
+
+def _seconds(point: dict[str, Any]) -> float:
+    return point["resources"]["seconds"]["measured"]
+
+
+def table(found: dict[str, Any], not_measured: list[dict[str, str]]) -> str:
+    """The results for people."""
+    lines = ["<!-- written by tools/bench_scale.py -->", "# Large models on a small machine", ""]
+    lines += ["Random weights, 8 calibration samples, 0.33 of the FLOPs kept, fp16 graphs; memory without pages of mapped files.", ""]
+    if points := _points(found):
+        lines += ["| parameters | compressing and exporting | calibration | algebra | files | peak memory | predicted | largest layer |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        for x in points:
+            parts, memory = x["resources"]["parts"], x["resources"]["memory_bytes"]
+            times = " | ".join(f"{t / 60:.1f} min" for t in (_seconds(x), parts["calibration"], parts["algebra"], parts["files"]))
+            sizes = " | ".join(f"{b / 2**30:.2f} GiB" for b in (memory["measured"], memory["predicted"], x["layer_bytes"]))
+            lines.append(f"| {x['parameters'] / 1e9:.2f} billion | {times} | {sizes} |")
+    if len(points) > 2:
+        fit = line([x["parameters"] for x in points], [_seconds(x) for x in points])
+        further = ", ".join(f"{(fit['slope'] * n * 1e9 + fit['level']) / 3600:.1f} h for {n} billion" for n in (13, 70))
+        lines += ["", f"Time follows a straight line with R^2 = {fit['r2']:.3f}; drawn on, which is an extrapolation: {further}."]
+    if "factor" in found:
+        x = found["factor"]
+        lines += [
+            "",
+            f"A pair of rank {x['rank']} for a matrix of {x['d_out']} x {x['d_in']}: {x['ours_seconds']:.1f} s, SVD-LLM's procedure ",
+        ]
+        lines[-1] += f"{x['svd_llm_seconds']:.1f} s ({x['speedup']:.1f}x), error {x['error']:.5f} of its."
+    if "kill" in found:
+        x = found["kill"]
+        lines += [
+            "",
+            f"Killed at random moments: {x['tried']} runs of {x['size']} billion parameters, {x['identical']} came to the same bytes.",
+        ]
+    lines += [f"- Not measured: {x['what']} ({x['reason']})" for x in not_measured]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is asked for; 0 if it ran."""
+    args = parse(arguments)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    from quality.versions import commit
+    from scale import factor, llava7b
+    from scale.shapes import SIZES
+    from sections import Sections
+
+    from infoprune_export.engines.machine import machine_report
+    from infoprune_export.pipeline import library_versions
+
+    work = ROOT / "build" / "scale" / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads((args.out / "results.json").read_text())["sections"] if (args.out / "results.json").is_file() else {}
+    sizes = args.size or (["0.1"] if args.quick else list(SIZES))
+    matrix = (
+        {"d_in": 1536, "d_out": 4096, "rank": 256, "rounds": 2} if args.quick else {"d_in": 4096, "d_out": 11008, "rank": 640, "rounds": 2}
+    )
+    run, wanted = Sections(), args.only
+    try:
+        if "scaling" in wanted:
+            run.section("scaling", lambda: {"sizes": earlier.get("scaling", {}).get("sizes", {}) | scaling(work, sizes)})
+        if "factor" in wanted:
+            run.section("factor", lambda: factor.measure(**matrix, threads=args.threads))
+        if "kill" in wanted:
+            size, tries = ("0.1", QUICK_KILLS) if args.quick else ("1", KILLS)
+            run.section("kill", lambda: killing(work, size, tries))
+        if "llava7b" in wanted:
+            run.section("llava7b", lambda: llava7b.measure(work, SAMPLES, args.threads))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
+    found = earlier | {name: x | {"commit": head["commit"]} for name, x in run.found.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("summary.json", head | {"checks": figures(found)}),
+        ("results.json", head | {"sections": found, "not_measured": run.not_measured}),
+    ):
+        (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
+    (args.out / "table.md").write_text(table(found, run.not_measured))
+    print(args.out / "table.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
