@@ -49,8 +49,10 @@ class Ledger:
         self._folder, over = folder, threading.Event()
 
         def look() -> None:
-            while not over.wait(LOOK_EVERY):
+            while True:
                 self._memory = max(self._memory, anonymous_bytes())
+                if over.wait(LOOK_EVERY):
+                    break
 
         thread = threading.Thread(target=look, daemon=True)
         self._watch, self._over = thread, over

@@ -10,6 +10,15 @@ WHOSE = {"all": "its", "vision": "its vision tower's", "language": "its language
 PART_NAMES = {"vision": "vision", "prefill": "prefill", "decode": "decode, a token", "end_to_end": "end to end"}
 
 
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `1 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+
+
 def si(value: float, unit: str) -> str:
     """`8.9 TFLOP`, `14.3 MB`: three significant digits, powers of 1000."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

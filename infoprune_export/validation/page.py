@@ -116,6 +116,7 @@ def report_page(report: Report, plan: Plan | None = None) -> str:
         "signed": lambda points: _typeset(figures.signed(points)),
         "became_time": figures.became_time,
         "significant": figures.significant,
+        "duration": figures.duration,
     }
     return environment.get_template("report.html.j2").render(
         report=report,

@@ -6,6 +6,7 @@ and a figure that could not be measured is null and has its reason under `not_me
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -238,9 +239,15 @@ class Report(_Record):
             raise InputError(first_problem(e), where=path, mend="make it again: infoprune-export validate DIR") from None
 
     def write(self, directory: Path, plan: Plan | None = None) -> None:
-        """Writes report.json and report.html, each whole or not at all."""
+        """Writes report.json and report.html, each whole or not at all.
+
+        What making the bundle took is known to the first report alone; later ones keep it.
+        """
         from infoprune_export.validation.page import report_page
 
+        if self.resources is None and (directory / REPORT_JSON).is_file():
+            with contextlib.suppress(InputError):
+                self.resources = Report.read(directory / REPORT_JSON).resources
         page = report_page(self, plan)
         write_atomically(directory / REPORT_JSON, self.to_json())
         write_atomically(directory / REPORT_HTML, page)

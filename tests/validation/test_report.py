@@ -91,3 +91,21 @@ def test_gates_are_on_the_network_that_was_asked_for(report):
     assert gates["min_speedup"].measured == "1.10x on ort" and not gates["min_speedup"].passed
     end.quantised_speedup = report.accuracy["vqa"].quantised_drop_points = None  # it was measured, the original was not
     assert not any(gate.passed for name, gate in judge(report, max_drop=3, min_speedup=1.2).items() if name != "numerics")
+
+
+def test_what_making_took_is_kept_by_later_reports(report, plan, tmp_path):
+    from infoprune_export.validation.report import Estimate, Resources
+
+    took = Resources(
+        memory_bytes=Estimate(predicted=5e9, measured=4.5e9),
+        disk_bytes=Estimate(predicted=1e9, measured=None),
+        seconds=Estimate(predicted=60, measured=3725),
+        parts={"calibration": 3000.0, "algebra": 700.0, "files": 25.0},
+    )
+    report.model_copy(update={"resources": took}).write(tmp_path, plan)
+    assert Report.read(tmp_path / "report.json").resources == took
+    report.write(tmp_path, plan)
+    assert Report.read(tmp_path / "report.json").resources == took
+    page = (tmp_path / "report.html").read_text()
+    assert "4.50 GB, predicted 5.00 GB" in page and "1 h 2 min, predicted 1 min 0 s (calibration 50 min 0 s" in page
+    assert "a killed run was gone on from" in page
