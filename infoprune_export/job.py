@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.launched import processes
+from infoprune_export.memory import give_back_large_blocks
 from infoprune_export.plans import Plan, Source, read_factors
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, near, packaged, read
@@ -202,6 +203,7 @@ class Job:
     @cached_property
     def original(self) -> nn.Module:
         """The original laid out: a layer has its weights when they are at hand. `factors` uses it up."""
+        give_back_large_blocks()
         return self.checkpoint.open_model(self.device)
 
     def whole_original(self) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,17 @@ def memory() -> Memory:
     if limit.isdigit() and used.isdigit() and int(limit) < total:
         total, available = int(limit), min(available, int(limit) - int(used) + _reclaimable())
     return Memory(total, available)
+
+
+def give_back_large_blocks() -> None:
+    """Lets the C library hand blocks from 2 MiB on back to the system as soon as they are free.
+
+    Left to itself, glibc learns from every large block that was freed to keep the next ones (up to 32 MiB) in its heap, where
+    activations of all sizes leave gaps: walking LLaVA-1.5-7B's layers, 3.5 GiB of them. Elsewhere this does nothing.
+    """
+    mmap_threshold = -3
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2 * 2**20)
 
 
 def _reclaimable() -> int:
