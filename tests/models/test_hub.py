@@ -82,6 +82,6 @@ def test_a_file_that_is_not_what_the_hub_has(hub, ask, tmp_path):
 def test_another_revision_or_repository(run, hub, ask, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {REPO}\nrevision: v9\n")
-    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "no_proxy": "*"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "", "no_proxy": "*"}
     assert f"{REPO}: has no revision 'v9' on the hub" in run(recipe, "--dry-run", code=2, **settings).stderr
     assert "someone/else: no such repository on the hub" in run("someone/else", "--dry-run", code=2, **settings).stderr
