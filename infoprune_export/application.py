@@ -7,7 +7,8 @@ from pathlib import Path
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
-from infoprune_export.job import Job, Options, copy_processor_files, read_plan_for, require_export
+from infoprune_export.job import Job, copy_processor_files, read_plan_for, require_export
+from infoprune_export.material import Options
 from infoprune_export.plans import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe

@@ -389,7 +389,8 @@ def doctor(as_json: bool, **given: Any) -> None:
 
 def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -> tuple[Any, Any, Any]:
     """Recipe with overrides, options and progress of a verb that takes a MODEL."""
-    from infoprune_export.job import Options, resolve
+    from infoprune_export.material import Options
+    from infoprune_export.resolution import resolve
 
     progress = _progress(given)
     recipe = resolve(model, given, warn=lambda line: _say(line, warning=True))

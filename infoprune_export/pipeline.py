@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
-from infoprune_export.job import Job, Options, copy_processor_files, require_export
+from infoprune_export.job import Job, copy_processor_files, require_export
 from infoprune_export.launched import announce, is_first, processes, wait
 from infoprune_export.ledger import Ledger
+from infoprune_export.material import Options
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.precision import Dtype, quantised

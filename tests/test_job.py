@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.job import Job, Options, resolve
+from infoprune_export.job import Job
+from infoprune_export.material import Options
 from infoprune_export.recipe import DataSource
+from infoprune_export.resolution import resolve
 
 
 class Notes:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infoprune_export.data.vqa import load_questions
 from infoprune_export.errors import InfoPruneError
-from infoprune_export.job import Job, Options, resolve
+from infoprune_export.job import Job
+from infoprune_export.material import Options
 from infoprune_export.recipe import Recipe
+from infoprune_export.resolution import resolve
 from quality.questions import Asked, Files, Questions, Rendered, Split, files_version
 from quality.versions import ROOT, digest
 
