@@ -166,7 +166,7 @@ SHARED: dict[str, Callable] = {
     "max_drop": click.option("--max-drop", type=float, metavar="POINTS", help="Gate: exit 1 if accuracy falls by more."),
     "min_speedup": click.option("--min-speedup", type=float, metavar="X", help="Gate: exit 1 if end to end is not this much faster."),
     "engine": click.option("--engine", type=TARGETS, help="Which engine to use.  [default: ort, else onnx]"),
-    "json": click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout."),
+    "json": click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, progress as JSON lines on stderr."),
     "verbose": click.option("-v", "--verbose", count=True, help="Show warnings of libraries; -vv shows tracebacks."),
     "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress."),
 }
@@ -401,9 +401,11 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
 
 
 def _progress(given: dict[str, Any]) -> Any:
-    from infoprune_export.progress import Silent, Terminal
+    from infoprune_export.progress import Events, Silent, Terminal
 
-    return Silent() if given.get("quiet") else Terminal()
+    if given.get("quiet"):
+        return Silent()
+    return Events() if click.get_current_context().params.get("as_json") else Terminal()
 
 
 def _show_plan(plan: Any, as_json: bool) -> None:

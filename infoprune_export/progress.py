@@ -1,7 +1,9 @@
-"""How long work is shown: steps with a spinner and bars on a terminal, plain lines elsewhere; always on stderr."""
+"""How long work is shown: steps with a spinner and bars on a terminal, plain lines or JSON elsewhere; always on stderr."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,8 +44,12 @@ class Silent:
         pass
 
 
+LINE_EVERY = 60.0
+"""Seconds between two lines about the same work where there is no terminal."""
+
+
 class Terminal:
-    """Shows progress on stderr."""
+    """Shows progress on stderr: bars on a terminal, elsewhere a line when something is done, and one a minute on the way."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -75,12 +81,15 @@ class Terminal:
         )
         with RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=total, figures="")
-            last = ""
+            last, done, told = "", 0, start
 
             def advance(n: int, figures: str = "") -> None:
-                nonlocal last
-                last = figures
+                nonlocal last, done, told
+                last, done, now = figures, done + n, time.monotonic()
                 bars.update(task, advance=n, figures=figures)
+                if not self.console.is_terminal and done < total and now - told >= LINE_EVERY:
+                    told = now
+                    self.console.print(f"  {name} {done}/{total}, {_left(now - start, done, total)}{f', {figures}' * bool(figures)}")
 
             yield advance
         shown = f", {last}" if last else ""
@@ -100,3 +109,57 @@ class Terminal:
 
     def note(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+
+class Events:
+    """Writes progress as JSON, a line each: `{"event": "begin", "what": "statistics", "total": 55}`.
+
+    `begin` and `done` (with `seconds`) enclose every piece of work, `advance` has `done` of `total` and perhaps `figures`, `note` a `line`.
+    """
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = self._begin(name)
+        yield
+        self._write("done", what=name, seconds=time.monotonic() - start)
+
+    @contextmanager
+    def bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        start, done = self._begin(name, total=total), 0
+
+        def advance(n: int, figures: str = "") -> None:
+            nonlocal done
+            done += n
+            self._write("advance", what=name, done=done, total=total, **({"figures": figures} if figures else {}))
+
+        yield advance
+        self._write("done", what=name, total=total, seconds=time.monotonic() - start)
+
+    def counter(self) -> Callable[[str, int, int], None]:
+        started: dict[str, float] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            start = started.setdefault(what, time.monotonic())
+            self._write("advance", what=what, done=done, total=total)
+            if done >= total:
+                self._write("done", what=what, total=total, seconds=time.monotonic() - start)
+
+        return told
+
+    def note(self, line: str) -> None:
+        self._write("note", line=line)
+
+    def _begin(self, name: str, **more: object) -> float:
+        self._write("begin", what=name, **more)
+        return time.monotonic()
+
+    def _write(self, event: str, **fields: object) -> None:
+        if "seconds" in fields:
+            fields["seconds"] = round(fields["seconds"], 2)
+        print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
+
+
+def _left(seconds: float, done: int, total: int) -> str:
+    """How long the rest takes at the pace so far."""
+    left = round(seconds / done * (total - done))
+    return f"about {left // 60} min left" if left >= 60 else f"about {left} s left"
