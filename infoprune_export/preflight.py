@@ -6,13 +6,12 @@ take back and do not count. `ledger` holds what a run took against it.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from infoprune_export.errors import NotEnough
 from infoprune_export.memory import memory
@@ -137,9 +136,10 @@ def _ffn_widths(layer: Layer) -> list[int]:
 
 
 def matrix_rate(columns: int = 1536, rounds: int = 4) -> float:
-    """FLOPs a second of this machine's float32 matrix products, the best of some rounds."""
-    a = np.ones((columns, columns), np.float32)
-    best = np.inf
+    """FLOPs a second of PyTorch's float32 matrix products on this machine, the best of some rounds."""
+    import torch
+
+    a, best = torch.ones(columns, columns), math.inf
     for _ in range(rounds):
         begin = time.perf_counter()
         a @ a
