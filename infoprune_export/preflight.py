@@ -24,8 +24,8 @@ BASE_BYTES = 550 * 2**20
 TOKEN_FLOATS = 14.0
 """Floats that a layer keeps of each token for its way back, in units of hidden size plus a third of the feed-forward's (seen)."""
 BATCH_TOKENS = 2048
-EIGEN_FLOPS = 60.0
-"""Decompositions and products on one moment of n columns, in units of n^3 products at the speed of a large one (seen)."""
+EIGEN_FLOPS = 28.0
+"""Decompositions and products on one moment of n columns, in units of n^3 products at the speed of a large one (seen at LLaVA-1.5-7B's sizes)."""
 BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
