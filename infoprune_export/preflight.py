@@ -25,7 +25,7 @@ TOKEN_FLOATS = 14.0
 """Floats that a layer keeps of each token for its way back, in units of hidden size plus a third of the feed-forward's (seen)."""
 BATCH_TOKENS = 2048
 EIGEN_FLOPS = 28.0
-"""Decompositions and products on one moment of n columns, in units of n^3 products at the speed of a large one (seen at LLaVA-1.5-7B's sizes)."""
+"""Decompositions and products on one moment of n columns, in n^3 at the speed of a large product (seen at LLaVA-1.5-7B's sizes)."""
 BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
