@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("scaling", "factor", "kill", "llava7b")
 QUICK = ("scaling", "factor", "kill")
-SAMPLES = 8
+SAMPLES, FLOPS = 8, 0.33
 KILLS, QUICK_KILLS = 10, 3
 
 
@@ -55,7 +55,7 @@ def scaling(work: Path, sizes: list[str]) -> dict[str, Any]:
     for name in sizes:
         config = SIZES[name].write(work / f"config-{name}")
         model = skeleton(config)
-        run = Run(str(config), work / f"scaling-{name}", SAMPLES)
+        run = Run(str(config), work / f"scaling-{name}", SAMPLES, FLOPS)
         result = run.whole()
         found[name] = {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -75,7 +75,7 @@ def killing(work: Path, size: str, tries: int) -> dict[str, Any]:
     from scale.shapes import SIZES
 
     config = SIZES[size].write(work / f"config-{size}")
-    return {"size": size, **kills(lambda n: Run(str(config), work / f"kill-{n}", SAMPLES), tries, seed=0)}
+    return {"size": size, **kills(lambda n: Run(str(config), work / f"kill-{n}", SAMPLES, FLOPS), tries, seed=0)}
 
 
 def line(sizes: list[float], values: list[float]) -> dict[str, float]:

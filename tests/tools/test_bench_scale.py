@@ -50,6 +50,7 @@ def test_runs_that_are_killed_come_to_the_same(tmp_path):
 def test_the_benchmark_writes_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SIZES", {"0.1": TINY, "0.2": shapes.Size("t2", 64, 3, 2, 128, 2, 28), "0.3": TINY})
     monkeypatch.setattr(bench_scale, "SAMPLES", 4)
+    monkeypatch.setattr(bench_scale, "FLOPS", 0.6)  # of so small a network the output head is a third
     assert (
         bench_scale.main(["--quick", "--only", "scaling", "--out", str(tmp_path), "--size", "0.1", "--size", "0.2", "--size", "0.3"]) == 0
     )
