@@ -1,6 +1,6 @@
 """The main job, stage by stage. Read this first.
 
-    source -> statistics -> plan + factors -> smaller model -> training -> reference -> graphs -> quantised graphs -> engines
+    source -> statistics -> plan + factors -> smaller model -> training -> graphs -> reference -> quantised graphs -> engines
            -> validation -> bundle
 
 Each stage writes into the work folder and is skipped by a later run of the same command that finds it done.
