@@ -29,14 +29,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny-llava without training at 0.6 and 0.33, one seed")
     parser.add_argument("--out", type=Path, help="where results go (default: benchmarks/quality, build/quality/quick with --quick)")
-    parser.add_argument("--rows", type=Path, help="file of rows (default: build/quality/rows.jsonl; OUT/rows.jsonl with --quick)")
+    parser.add_argument("--rows", type=Path, help="file of rows (default: OUT/rows.jsonl)")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="stage, group or method; may be repeated")
     parser.add_argument("--report", action="store_true", help="measure nothing; write what has been measured")
     parser.add_argument("--workers", type=int, default=2, help="rows measured at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, which the workers share (default: %(default)s)")
     args = parser.parse_args(arguments)
     args.out = args.out or (ROOT / "build" / "quality" / "quick" if args.quick else RECORDED)
-    args.rows = args.rows or (args.out / "rows.jsonl" if args.quick else ROOT / "build" / "quality" / "rows.jsonl")
+    args.rows = args.rows or args.out / "rows.jsonl"
     return args
 
 

@@ -2,6 +2,7 @@
 """Measures everything that needs an NVIDIA GPU, in one command, and writes JSON.
 
     python tools/gpu_checks.py                     # into benchmarks/gpu/<device>.json, within 8 minutes
+    python tools/gpu_checks.py --only train        # one section; what the file has of the others stays
     python tools/gpu_checks.py --device cpu        # the same way through at toy sizes, where there is no GPU
 
 Dense and compressed LLaVA-1.5-7B shapes with random weights in PyTorch; then the package: training on the device, engines
@@ -25,6 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES = 8.0
+SECTIONS = ("torch", "train", "engines")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,9 +34,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: cuda where there is one)")
     parser.add_argument("--shape", help="llava7b or small (default: llava7b on a GPU, small on the CPU)")
+    parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be repeated")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="after which nothing new begins (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu", help="directory (default: %(default)s)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.only = args.only or list(SECTIONS)
+    return args
 
 
 def figures(sections: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,30 +81,29 @@ def main(arguments: list[str] | None = None) -> int:
     shape = SHAPES[args.shape or ("llava7b" if cuda else "small")]
     checks = Sections(60 * args.minutes)
     modes = list(pytorch.MODES) if cuda else ["eager"]
-    if not cuda:
-        checks.skip("torch.compile, CUDA graphs", "no GPU here")
     with tempfile.TemporaryDirectory() as work:
-        half = 30 * args.minutes  # the networks may take one half of the time
-        checks.section(
-            f"torch.{shape.name}",
-            lambda: pytorch.measure(shape, device, (1, 8) if cuda else (1, 2), modes, lambda: checks.left < half),
-        )
-        checks.section("train", lambda: package.train(str(device), Path(work), checks.left))
-        targets = ["ort", *(["trt"] if flavours.installed() else [])]
-        if "trt" not in targets:
-            checks.skip("tensorrt", "neither flavour is installed")
-        checks.section("engines", lambda: package.engines(targets, Path(work), checks.left))
+        if "torch" in args.only:
+            if not cuda:
+                checks.skip("CUDA graphs, torch.compile", "no GPU here")
+            half = 30 * args.minutes  # the networks may take one half of the time
+            checks.section(
+                f"torch.{shape.name}",
+                lambda: pytorch.measure(shape, device, (1, 8) if cuda else (1, 2), modes, lambda: checks.left < half),
+            )
+        if "train" in args.only:
+            checks.section("train", lambda: package.train(str(device), Path(work), checks.left))
+        if "engines" in args.only:
+            targets = ["ort", *(["trt"] if flavours.installed() else [])]
+            if "trt" not in targets:
+                checks.skip("tensorrt", "neither flavour is installed")
+            checks.section("engines", lambda: package.engines(targets, Path(work), checks.left))
     name = torch.cuda.get_device_name(device) if cuda else "cpu"
-    result = {
-        "commit": commit(),
-        "machine": machine_report().description() | {"device": name},
-        "versions": library_versions(),
-        "checks": figures(checks.found),
-        "sections": checks.found,
-        "not_measured": checks.not_measured,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    earlier = json.loads(path.read_text())["sections"] if path.is_file() else {}
+    head = {"commit": commit(), "machine": machine_report().description() | {"device": name}, "versions": library_versions()}
+    found = earlier | {name: x | {"commit": head["commit"]} for name, x in checks.found.items()}
+    result = head | {"checks": figures(found), "sections": found, "not_measured": checks.not_measured}
+    args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
     return 0

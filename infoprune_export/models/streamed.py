@@ -152,7 +152,10 @@ def lay_out(model: PreTrainedModel, shelf: Shelf, anatomy: Anatomy) -> PreTraine
         if not name.startswith(layers):
             _put(model, name, shelf.take(name))
     model.tie_weights()
-    return model.to(shelf.device) if shelf.device.type != "cpu" else model
+    for name, buffer in list(model.named_buffers()):  # not `model.to`: what is without weights cannot be moved
+        if not buffer.is_meta:
+            _put(model, name, buffer.to(shelf.device))
+    return model
 
 
 def load_all(model: PreTrainedModel) -> PreTrainedModel:
@@ -191,7 +194,7 @@ def _empty(module: nn.Module) -> None:
         _put(module, name, nn.Parameter(torch.empty_like(p, device=META), requires_grad=False))
 
 
-def _put(module: nn.Module, name: str, value: nn.Parameter) -> None:
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     holder = module.get_submodule(owner)
     if leaf in holder._buffers:

@@ -52,6 +52,13 @@ def test_layers_have_weights_only_while_they_are_at_hand(tmp_path):
     assert all(p.is_meta for p in module.parameters())
 
 
+def test_what_is_outside_the_layers_goes_to_the_device_and_nothing_is_moved_from_where_there_are_no_weights(tmp_path, monkeypatch):
+    source = saved(tmp_path)[1]
+    monkeypatch.setattr(torch.nn.Module, "to", None)  # of weights that are not there it fails, whatever the device
+    out = source.open_model("meta")
+    assert {b.device.type for b in out.buffers()} == {p.device.type for p in out.parameters()} == {"meta"}
+
+
 def test_a_whole_model_keeps_what_is_changed():
     model = build()
     with at_hand(model, "model.language_model.layers.0") as layer:

@@ -287,7 +287,7 @@ def test_statistics_shared_by_all_methods_give_the_plans_of_their_own(monkeypatc
 
 def test_a_row_never_gets_the_name_of_another_model(monkeypatch):
     bench = work.Bench("tiny")
-    monkeypatch.setattr(work, "bench", lambda setting: bench)
+    monkeypatch.setattr(work, "bench", lambda setting, device: bench)
     task = Task("tiny", "original", 1.0, images=1)
     assert work.measure(task, Versions().key_of(task)).n["gqa"] == 3
     with pytest.raises(RuntimeError, match="changed while this ran"):

@@ -101,7 +101,15 @@ def test_the_command_writes_what_it_measured_and_names_what_it_did_not(tmp_path)
     result = json.loads((tmp_path / "cpu.json").read_text())
     assert set(result) == {"commit", "machine", "versions", "checks", "sections", "not_measured"}
     assert result["machine"]["device"] == "cpu"
-    assert {x["what"] for x in result["not_measured"]} >= {"torch.compile, CUDA graphs", "train", "engines"}
+    assert {x["what"] for x in result["not_measured"]} >= {"CUDA graphs, torch.compile", "train", "engines"}
+
+
+def test_one_section_leaves_what_was_measured_of_the_others(tmp_path):
+    (tmp_path / "cpu.json").write_text(json.dumps({"sections": {"train": {"seconds": 7.0, "commit": "earlier"}}}))
+    assert run("--device", "cpu", "--minutes", 1, "--only", "torch", "--out", tmp_path).returncode == 0
+    result = json.loads((tmp_path / "cpu.json").read_text())
+    assert result["sections"]["train"] == {"seconds": 7.0, "commit": "earlier"}
+    assert result["sections"]["torch.small"]["commit"] == result["commit"] and len(result["checks"]) == 6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -137,10 +137,10 @@ class Tuned:
 
 
 class Crew:
-    """Worker processes that measure rows, each with threads of its own."""
+    """Worker processes that measure rows, each with threads of its own; a GPU they share."""
 
-    def __init__(self, workers: int, threads: int, book: RowFile, versions: Versions):
-        self.book, self.versions, self.broken = book, versions, 0
+    def __init__(self, workers: int, threads: int, book: RowFile, versions: Versions, device: str = "cpu"):
+        self.book, self.versions, self.device, self.broken = book, versions, device, 0
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start, (threads,))
 
     def __enter__(self) -> Crew:
@@ -155,7 +155,7 @@ class Crew:
         if not todo:
             return
         begin = time.monotonic()
-        futures: dict[Future, Task] = {self.pool.submit(measure, t, self.versions.key_of(t)): t for t in todo}
+        futures: dict[Future, Task] = {self.pool.submit(measure, t, self.versions.key_of(t), self.device): t for t in todo}
         for done, future in enumerate(as_completed(futures), 1):
             left = (time.monotonic() - begin) / done * (len(todo) - done)
             try:

@@ -91,10 +91,10 @@ class Sheet:
     @torch.inference_mode()
     def right(self, model: nn.Module) -> np.ndarray:
         """Whether greedy decoding gives the reference answer, per question, shape [questions] bool."""
-        states = model.model(
-            input_ids=self.ids, pixel_values=self.pixels, attention_mask=self.mask, position_ids=self.positions, use_cache=False
-        ).last_hidden_state
-        missed = model.lm_head(states[self.places]).argmax(-1) != self.wanted
+        device = next(model.parameters()).device
+        inputs = {"input_ids": self.ids, "pixel_values": self.pixels, "attention_mask": self.mask, "position_ids": self.positions}
+        states = model.model(**{name: x.to(device) for name, x in inputs.items()}, use_cache=False).last_hidden_state
+        missed = model.lm_head(states[self.places]).argmax(-1).cpu() != self.wanted
         verdict = np.ones(len(self.numbers), bool)
         verdict[self.owners[missed].numpy()] = False
         return verdict

@@ -190,6 +190,7 @@ def _record(row: Row) -> dict[str, Any]:
     task = row.task
     record = {"group": task.group, "method": task.method, "kind": METHODS[task.method].kind, "seed": task.seed, "steps": task.steps}
     record |= {"parameters": task.parameters, "flops": row.flops, "accuracy": row.accuracy, "n": row.n, "seconds": row.seconds}
+    record |= {"device": row.device}
     return record | ({"failed": row.failed} if row.failed else {"mean": row.mean}) | {"key": row.key}
 
 

@@ -73,6 +73,7 @@ class Row:
         n: Questions of each.
         seconds: `compress` and `evaluate`, wall clock of one thread on a machine that may be shared.
         failed: Why there is no network, such as a budget that cannot be reached; None if there is one.
+        device: What PyTorch computed on: `cpu`, or the name of a GPU.
     """
 
     key: str
@@ -82,6 +83,7 @@ class Row:
     n: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failed: str | None = None
+    device: str = "cpu"
 
     @property
     def mean(self) -> float:

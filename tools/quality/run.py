@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     book, versions = RowFile(args.rows), Versions()
     tuned, broken = Tuned(book, versions), 0
     if not args.report:
-        with Crew(args.workers, args.threads, book, versions) as crew:
+        with Crew(args.workers, args.threads, book, versions, args.device) as crew:
             for stage in only(whole, args.only):
                 crew.measure(f"{stage.name}, validation", tuned.needed(stage.tasks))
                 crew.measure(stage.name, _filled(stage, tuned))
@@ -66,7 +66,7 @@ def run_quick(args: argparse.Namespace) -> int:
             f"No parameters are recorded for {', '.join(unknown)}: the first candidate is taken, "
             "with which published pairs do worse than tuned ones. Run the benchmark in full for a fair comparison."
         )
-    with Crew(args.workers, args.threads, book, versions) as crew:
+    with Crew(args.workers, args.threads, book, versions, args.device) as crew:
         crew.measure("quick", tasks)
     rows = [row for t in tasks if (row := book.get(versions.key_of(t)))]
     outputs.write(args.out, rows, [], None, notes)

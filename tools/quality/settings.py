@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 SettingName = Literal["tiny", "smol"]
 
+MORE_ON_A_GPU = 8
+"""Times as many images in one pass there: of few, a GPU spends its time on starting operations."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -36,7 +39,7 @@ class Setting:
         train_images: Images of each task of the training split that compressed networks are trained on.
         tune_images: Images of each task of the validation split that parameters are chosen on, the first so many.
         test_images: Likewise of the test split; None for all.
-        images_at_a_time: In one pass of the network; few, so that activations stay in the processor's cache.
+        images_at_a_time: In one pass of the network on a CPU; few, so that activations stay in the processor's cache.
         questions: Where they come from.
     """
 
@@ -54,9 +57,9 @@ class Setting:
     def recipe(self) -> Recipe:
         return resolve(self.recipe_name, {})
 
-    def job(self, recipe: Recipe | None = None, seed: int = 0) -> Job:
+    def job(self, recipe: Recipe | None = None, seed: int = 0, device: str = "cpu") -> Job:
         """A job on this model; nothing is written."""
-        job = Job(recipe or self.recipe, Options(out=ROOT / "build" / "quality", seed=seed, device="cpu"))
+        job = Job(recipe or self.recipe, Options(out=ROOT / "build" / "quality", seed=seed, device=device))
         job.base = ROOT  # a packaged recipe's paths are relative to where one works; this tool's are the checkout's
         return job
 
@@ -79,8 +82,9 @@ class Setting:
         from quality.exam import Exam
 
         padding = job.prompts.eos_ids[0]
+        at_a_time = self.images_at_a_time * (1 if job.device.type == "cpu" else MORE_ON_A_GPU)
         return {
-            task: Exam(((job.images([image])[0], paths) for image, paths in asked), padding, self.images_at_a_time)
+            task: Exam(((job.images([image])[0], paths) for image, paths in asked), padding, at_a_time)
             for task, asked in self._encoded(job, split, images).items()
         }
 

@@ -35,10 +35,11 @@ class Bench:
     """One setting's model and questions, loaded once in a process and used for every row."""
 
     setting: SettingName
+    device: str = "cpu"
     _exams: dict[tuple[Split, int | None], dict[str, Exam]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.job = SETTINGS[self.setting].job()
+        self.job = SETTINGS[self.setting].job(device=self.device)
         self.model = self.job.whole_original()
         self.job.__dict__["original"] = self.model
         self.anatomy, self.workload = self.job.anatomy, self.job.workload
@@ -64,7 +65,7 @@ class Bench:
         """
         from infoprune_export.compress.evidence import gather_for, gather_task
 
-        job = SETTINGS[self.setting].job(seed=seed)
+        job = SETTINGS[self.setting].job(seed=seed, device=self.device)
         job.__dict__ |= {"anatomy": self.anatomy, "original": self.model}
         # Our heads with ASVD need the loss gradients and the scales of inputs: all that there is but for the next line.
         everything = job.recipe.criterion.model_copy(update={"heads": "ks", "weighting": "asvd", "text_share": text_share})
@@ -84,7 +85,7 @@ class Bench:
         recipe, method = SETTINGS[self.setting].recipe, METHODS[task.method]
         criterion = method.criterion(task.parameters)
         changes = {"flops": task.budget, "criterion": criterion, "train_steps": task.steps, "recovery": method.recovery(recipe.recovery)}
-        job = SETTINGS[self.setting].job(recipe.model_copy(update=changes), task.seed)
+        job = SETTINGS[self.setting].job(recipe.model_copy(update=changes), task.seed, self.device)
         batches, statistics = self.statistics(task.seed, criterion.text_share)
         findings = look_at_all(self.model, self.anatomy, statistics, criterion, task.seed)
         job.__dict__ |= {
@@ -106,25 +107,26 @@ class Bench:
 
 
 @lru_cache(maxsize=2)
-def bench(setting: SettingName) -> Bench:
-    return Bench(setting)
+def bench(setting: SettingName, device: str) -> Bench:
+    return Bench(setting, device)
 
 
-def measure(task: Task, key: str) -> Row:
+def measure(task: Task, key: str, device: str = "cpu") -> Row:
     """Makes a task's network and asks it.
 
     Args:
         task: Which network and which questions.
         key: Of the row.
+        device: Where PyTorch computes; the time that compressing takes is that of the CPU whatever this says.
 
     Raises:
         RuntimeError: the model, the data or the code are not those that the key names.
     """
-    row = Row(key, task)
+    row = Row(key, task, device=device_name(device))
     if task.split is None:
         row.seconds["compress"] = compress_seconds(task)
         return row
-    here = bench(task.setting)
+    here = bench(task.setting, device)
     if task.method == ORIGINAL.name:
         model, row.flops = here.model, 1.0
     else:
@@ -158,6 +160,13 @@ def _make(here: Bench, task: Task, row: Row) -> nn.Module | None:
         model.eval().requires_grad_(False)
         row.seconds["train"] = round(time.perf_counter() - begin, 1)
     return model
+
+
+def device_name(device: str) -> str:
+    """What a reader knows a device by."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def compress_seconds(task: Task) -> float:
