@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from infoprune_export.compress import training
 from infoprune_export.compress.training import PATIENCE_FOR_NAN, Share, Validation, generator, schedule, train
 from infoprune_export.errors import InputError
 
@@ -184,6 +185,27 @@ def test_the_boldest_batch_does_not_decide():
     first = 1e-7 * 2**10
     assert train(Wells(first), steps=3).rate == pytest.approx(5 * first)
     assert train(Wells(first), steps=1).rate == pytest.approx(5 * 8 * first)
+
+
+def test_half_precision_finds_the_rate_of_full_precision(monkeypatch):
+    class Map(Well):
+        """A linear map to be found, from one of another that moves the same way everywhere."""
+
+        def __init__(self):
+            self.rate, self.w = None, torch.full((32, 32), 0.05, requires_grad=True)
+            self.x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 1
+            self.y = self.x @ torch.full((32, 32), 0.06)
+
+        def loss(self, step, share):
+            loss = ((self.x @ self.w).float() - self.y).square().mean()
+            return loss, {"loss": loss.item()}
+
+    class Half(training.OneProcess):
+        autocast = staticmethod(lambda: torch.autocast("cpu", torch.bfloat16))
+
+    full = train(Map(), steps=1).rate
+    monkeypatch.setattr(training, "OneProcess", Half)
+    assert train(Map(), steps=1).rate == full > 1e-3
 
 
 def test_no_rate_is_found_by_a_loss_that_is_not_finite():
