@@ -33,7 +33,8 @@ GOOD, POOR = PAIRS[3].name, PAIRS[0].name
 def row(method: str, accuracy: float, *, budget: float = 0.5, seed: int = 0, setting: str = "tiny", steps: int = 0, **more) -> Row:
     """A row of two tasks whose mean is `accuracy`."""
     task = Task(setting, method, budget, seed, steps=steps)
-    return Row(f"{task}", task, flops=budget, accuracy={"a": accuracy - 0.1, "b": accuracy + 0.1}, n={"a": 10, "b": 20}, **more)
+    accuracies = {"a": accuracy - 0.1, "b": accuracy + 0.1}
+    return Row(more.pop("key", f"{task}"), task, flops=budget, accuracy=accuracies, n={"a": 10, "b": 20}, **more)
 
 
 def values(rows, seconds=None) -> dict[str, float]:
@@ -137,6 +138,23 @@ def test_a_run_goes_on_after_it_was_killed(tmp_path):
     assert book.get(versions.key_of(done)).task == done
     book.add(Row(versions.key_of(torn), torn, failed="no"))
     assert RowFile(path).missing([done, torn, missing], versions) == [missing]
+
+
+def test_earlier_codes_rows_stand_in_where_todays_has_none_and_are_marked(tmp_path):
+    book = RowFile(tmp_path / "rows.jsonl")
+    before = [row(GOOD, a, seed=s, key=f"earlier {s}", commit="cafe") for s, a in enumerate((0.3, 0.4))]
+    before += [
+        replace(before[0], key="still earlier", accuracy={"a": 0.0}),
+        replace(before[1], key="val", task=replace(before[1].task, split="val")),
+    ]
+    for x in reversed(before):
+        book.add(x)
+    today = [row("original", 0.9, budget=1.0), row(GOOD, 0.6), row(OURS.name, 0.7)]
+    assert book.earlier(today) == [before[1]]
+    outputs.write(tmp_path / "out", today, [], None, [], book.earlier(today))
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert f"| {GOOD} | 50.00 ± 14.14 † |" in text and "| **ours** | 70.00 |" in text and "† was measured with earlier code" in text
+    assert {r["commit"] for r in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]} == {"", "cafe"}
 
 
 def test_a_row_is_named_by_all_that_it_depends_on(monkeypatch):
@@ -307,6 +325,11 @@ def test_outputs_name_best_baseline_and_what_was_tuned(tmp_path):
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 5000
     assert outputs.recorded_parameters(tmp_path / "out" / "results.json") == {("tiny", GOOD, 0.5): {"head_share": 0.5}}
     assert outputs.recorded_parameters(tmp_path / "nothing.json") == {}
+    others = [tuned[0] | {"budget": 0.6}]
+    outputs.write(tmp_path / "out", rows, others, None, [])
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["tuned"] == [*others, *tuned], (
+        "what was tuned before is not forgotten"
+    )
 
 
 @pytest.mark.slow

@@ -18,10 +18,18 @@ from quality.settings import SETTINGS
 from quality.summary import Results, checks, spread
 from quality.versions import commit
 
+EARLIER = "†"
 KINDS = {"ours": "ours", "pair": "published pairs", "swap": "one axis of ours exchanged", "ablation": "one choice of ours changed"}
 
 
-def write(out: Path, rows: Sequence[Row], tuned: list[dict[str, Any]], compress_seconds: float | None, notes: Sequence[str]) -> None:
+def write(
+    out: Path,
+    rows: Sequence[Row],
+    tuned: list[dict[str, Any]],
+    compress_seconds: float | None,
+    notes: Sequence[str],
+    earlier: Sequence[Row] = (),
+) -> None:
     """Writes everything that rows say.
 
     Args:
@@ -30,12 +38,15 @@ def write(out: Path, rows: Sequence[Row], tuned: list[dict[str, Any]], compress_
         tuned: See `tuned_record`.
         compress_seconds: Time to compress smol-llava, if it was taken.
         notes: What a reader must know about this run.
+        earlier: Rows of earlier code for what `rows` does not have; shown with a mark.
     """
     out.mkdir(parents=True, exist_ok=True)
-    results = Results(rows)
+    results = Results([*rows, *earlier], [row.place for row in earlier])
+    known = {(t["setting"], t["method"], t["budget"]) for t in tuned}
+    tuned = [*tuned, *(t for t in _recorded(out / "results.json") if (t["setting"], t["method"], t["budget"]) not in known)]
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "summary.json", head | {"checks": checks(results, compress_seconds)})
-    _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in rows], "tuned": tuned})
+    _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in [*rows, *earlier]], "tuned": tuned})
     write_atomically(out / "table.md", table(results, notes))
     figure(results, out / "accuracy.png")
 
@@ -66,9 +77,11 @@ def tuned_record(tuned: Tuned, stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 def recorded_parameters(path: Path) -> dict[tuple[str, str, float], dict[str, Any]]:
     """(setting, method, budget) to the parameters that an earlier run chose; empty where there was none."""
-    if not path.is_file():
-        return {}
-    return {(t["setting"], t["method"], t["budget"]): t["chosen"] for t in json.loads(path.read_text(encoding="utf-8"))["tuned"]}
+    return {(t["setting"], t["method"], t["budget"]): t["chosen"] for t in _recorded(path)}
+
+
+def _recorded(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["tuned"] if path.is_file() else []
 
 
 def table(results: Results, notes: Sequence[str]) -> str:
@@ -80,6 +93,7 @@ def table(results: Results, notes: Sequence[str]) -> str:
         "The best pair is the one with the highest mean on these very test questions; ± of the difference to it is the",
         "deviation, over seeds, of ours minus that pair with the same calibration questions. Parameters were chosen on the",
         "validation split, out of as many candidates for every method: results.json has them all.",
+        *([f"{EARLIER} was measured with earlier code, whose commit results.json names."] if results.earlier else []),
         "",
         *(f"- {note}" for note in notes),
     ]
@@ -115,7 +129,7 @@ def _rows(results: Results, groups: Sequence[str]) -> list[str]:
             lines.append(f"| *{title}* |" + " |" * len(groups))
         for name in members:
             shown = f"**{name}**" if kind == "ours" else name
-            lines.append(f"| {shown} | " + " | ".join(_cell(list(results.seeds(g, name).values())) for g in groups) + " |")
+            lines.append(f"| {shown} | " + " | ".join(_cell(results, g, name) for g in groups) + " |")
     best = [results.best_baseline(g) for g in groups]
     if any(best):
         gaps = [None if b is None or not results.seeds(g, OURS.name) else _gap(results, g, b) for g, b in zip(groups, best, strict=True)]
@@ -123,11 +137,12 @@ def _rows(results: Results, groups: Sequence[str]) -> list[str]:
     return lines
 
 
-def _cell(values: Sequence[float]) -> str:
-    if not values:
+def _cell(results: Results, group: str, name: str) -> str:
+    if not (values := list(results.seeds(group, name).values())):
         return ""
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.2f}{deviation}"
+    mark = f" {EARLIER}" if any((group, name) == place[:2] for place in results.earlier) else ""
+    return f"{100 * statistics.fmean(values):.2f}{deviation}{mark}"
 
 
 def _gap(results: Results, group: str, best: str) -> str:
@@ -190,7 +205,7 @@ def _record(row: Row) -> dict[str, Any]:
     task = row.task
     record = {"group": task.group, "method": task.method, "kind": METHODS[task.method].kind, "seed": task.seed, "steps": task.steps}
     record |= {"parameters": task.parameters, "flops": row.flops, "accuracy": row.accuracy, "n": row.n, "seconds": row.seconds}
-    record |= {"device": row.device}
+    record |= {"device": row.device, "commit": row.commit}
     return record | ({"failed": row.failed} if row.failed else {"mean": row.mean}) | {"key": row.key}
 
 

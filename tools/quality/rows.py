@@ -74,6 +74,7 @@ class Row:
         seconds: `compress` and `evaluate`, wall clock of one thread on a machine that may be shared.
         failed: Why there is no network, such as a budget that cannot be reached; None if there is one.
         device: What PyTorch computed on: `cpu`, or the name of a GPU.
+        commit: At which it was measured.
     """
 
     key: str
@@ -84,6 +85,12 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     failed: str | None = None
     device: str = "cpu"
+    commit: str = ""
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """Where it stands in the results: group, method and seed."""
+        return self.task.group, self.task.method, self.task.seed
 
     @property
     def mean(self) -> float:
@@ -144,6 +151,13 @@ class RowFile:
             f.flush()
             os.fsync(f.fileno())
         self.rows[row.key] = row
+
+    def earlier(self, rows: Iterable[Row]) -> list[Row]:
+        """Rows of the test split that earlier code measured and that none of `rows` replaces, the last of each place."""
+        places = {row.place for row in rows}
+        return list(
+            {r.place: r for r in self.rows.values() if r.task.split == "test" and not r.task.images and r.place not in places}.values()
+        )
 
     def missing(self, tasks: Iterable[Task], versions: Versions) -> list[Task]:
         """Tasks that have no row yet, in their order, each once."""

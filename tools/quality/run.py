@@ -82,12 +82,13 @@ def _filled(stage: Stage, tuned: Tuned) -> Iterable[Task]:
 
 
 def _write(args: argparse.Namespace, whole: Sequence[Stage], book: RowFile, versions: Versions, tuned: Tuned) -> None:
-    """Writes every row of the whole proof that there is, whatever this run was asked for."""
+    """Writes every row of the whole proof that there is, whatever this run was asked for; earlier code's where today's has none."""
     rows: list[Row] = []
     for stage in whole:
         for task in _filled(stage, tuned):
             if row := book.get(versions.key_of(task)):
                 rows.append(replace(row, task=task))  # two tasks may come to the same network under different names
+    earlier = book.earlier(rows)
     timed = book.get(versions.key_of(TIMED)) if any(s.tasks[0].setting == TIMED.setting for s in whole) else None
     seconds = timed.seconds["compress"] if timed else None
-    outputs.write(args.out, rows, outputs.tuned_record(tuned, whole), seconds, [])
+    outputs.write(args.out, rows, outputs.tuned_record(tuned, whole), seconds, [], earlier)

@@ -19,7 +19,13 @@ from quality.rows import Row
 class Results:
     """Rows of the test split, looked up by what they are compared within."""
 
-    def __init__(self, rows: Iterable[Row]):
+    def __init__(self, rows: Iterable[Row], earlier: Sequence[tuple[str, str, int]] = ()):
+        """
+        Args:
+            rows: To be looked up.
+            earlier: Places of those that earlier code measured.
+        """
+        self.earlier = set(earlier)
         self._seeds: dict[tuple[str, str], dict[int, Row]] = {}
         for row in rows:
             if row.task.split == "test" and not row.failed:

@@ -17,14 +17,14 @@ def digest(parts: object) -> str:
 
 
 def code_version(files: Iterable[Path]) -> str:
-    """A hash of what Python files do; comments, docstrings and layout do not count."""
+    """A hash of what Python files do; comments, docstrings and layout do not count, nor does Python's own version."""
     trees = []
     for path in sorted(files):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False):
-                node.body = node.body[1:]
-        trees.append((path.name, ast.dump(tree)))
+                node.body = node.body[1:] or [ast.Pass()]
+        trees.append((path.name, ast.unparse(tree)))
     return digest(trees)
 
 

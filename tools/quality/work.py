@@ -14,6 +14,7 @@ from quality.methods import METHODS, ORIGINAL
 from quality.questions import Split
 from quality.rows import Row, Task, Versions
 from quality.settings import SETTINGS, SettingName
+from quality.versions import commit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +123,7 @@ def measure(task: Task, key: str, device: str = "cpu") -> Row:
     Raises:
         RuntimeError: the model, the data or the code are not those that the key names.
     """
-    row = Row(key, task, device=device_name(device))
+    row = Row(key, task, device=device_name(device), commit=commit())
     if task.split is None:
         row.seconds["compress"] = compress_seconds(task)
         return row
