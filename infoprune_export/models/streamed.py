@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,11 @@ def checkpoint_shelf(model: PreTrainedModel, files: Iterable[Path], where: objec
     shapes: dict[str, tuple[int, ...]] = {}
     names = _Names(model, expected, where)
     for path in files:
-        handle = safe_open(path, "pt")
-        for key in handle.keys():  # noqa: SIM118 (not a mapping)
-            if (name := names.of(key)) in expected:
-                read[name] = lambda handle=handle, key=key: handle.get_tensor(key)
-                shapes[name] = tuple(handle.get_slice(key).get_shape())
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                if (name := names.of(key)) in expected:
+                    read[name] = partial(_read, path, key)
+                    shapes[name] = tuple(file.get_slice(key).get_shape())
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
     for alias, name in tied.items():
         if name not in read and alias in read:
@@ -103,6 +104,14 @@ def checkpoint_shelf(model: PreTrainedModel, files: Iterable[Path], where: objec
         if wrong:
             raise InputError(f"{len(wrong)} tensors do not fit the config ({what}: {min(wrong)})", where=where)
     return Shelf({n: read[n] for n in expected if n in read and n not in tied}, device)
+
+
+def _read(path: Path, key: str) -> Tensor:
+    """A tensor on pages of its file that are mapped for as long as it lives: a file kept open would hold all that was ever read of it."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
 
 
 class _Names:
