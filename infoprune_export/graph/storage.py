@@ -103,5 +103,6 @@ def _append(tensor: ir.TensorProtocol, name: str, data: Path) -> ir.ExternalTens
         f.seek(0, io.SEEK_END)
         f.write(b"\0" * (-f.tell() % ALIGNMENT))
         offset = f.tell()
-        f.write(tensor.tobytes())
+        f.flush()  # a tensor may write past the buffer
+        tensor.tofile(f)
     return ir.ExternalTensor(data.name, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=data.parent)
