@@ -43,12 +43,14 @@ class Job(Material):
 
     Attributes:
         scratch: Where work goes that a run which was killed goes on from; temporary when None.
+        resumable: Whether a later run of the same inputs is to go on from this one, if it is killed; a dry run leaves nothing.
         stopwatch: Where the time of compressing goes.
     """
 
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
         super().__init__(recipe, options, progress)
         self.scratch: Path | None = None
+        self.resumable = False
         self.stopwatch = Stopwatch()
         self._temporary: TemporaryDirectory[str] | None = None
 
@@ -75,7 +77,9 @@ class Job(Material):
 
         options = self.options
         if options.spill is not None:
-            return self._held.enter_context(side_folder(options.spill / (options.out.name or "plan"), "spill", options.resume))
+            name = "spill" if self.resumable else "once"  # a dry run leaves alone what a killed run has there
+            place = options.spill / (options.out.name or "plan")
+            return self._held.enter_context(side_folder(place, name, options.resume, self.key(evaluated=False)))
         if self.scratch is not None:
             return self.scratch / "spill"
         self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)

@@ -9,8 +9,6 @@ Only this module knows the order; the wings below it do not know one another.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +26,7 @@ from infoprune_export.precision import Dtype, quantised
 from infoprune_export.preflight import Work
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import DataSource, Recipe
+from infoprune_export.versions import library_versions
 from infoprune_export.workspace import Workspace, check_output
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
 def run(job: Job) -> tuple[Bundle, Report]:
     """Runs every stage of a job; see `export_bundle`."""
     recipe, options, progress = job.recipe, job.options, job.progress
+    job.resumable = True
     _check_targets(recipe, options)  # first: the weights may yet have to be fetched or made
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
@@ -276,6 +276,7 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     with Job(recipe, options, progress) as job:
+        job.resumable = True
         plan = job.make_plan()
     if is_first():  # the processes of a launch all come to the same plan
         plan.save(out)
@@ -313,18 +314,6 @@ def dtypes_for(recipe: Recipe) -> list[Dtype]:
     return sorted({dtype_of(recipe, t) for t in recipe.targets}, key=["fp32", "fp16", "bf16"].index)
 
 
-def library_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12-bindings", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _weight_files(job: Job) -> list[Path]:
     from infoprune_export.models.load import weight_files
 
@@ -347,18 +336,5 @@ def _check_targets(recipe: Recipe, options: Options) -> None:
 
 
 def _run_key(job: Job, keep_original: bool) -> str:
-    """Names everything that the result depends on."""
-    o = job.options
-    plan = hashlib.sha256(o.plan.read_bytes()).hexdigest() if o.plan else None
-    inputs = {
-        "source": job.checkpoint.source.sha256,
-        "recipe": job.recipe.model_dump(mode="json"),
-        "plan": plan,
-        "original": keep_original,
-        "seed": o.seed,
-        "data": job.data_fingerprint(),
-        "device": job.device.type,
-        "archs": o.archs,
-        "versions": {"infoprune-export": __version__, **library_versions()},
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    """Names everything that the bundle depends on."""
+    return job.key(original=keep_original, archs=job.options.archs)

@@ -155,7 +155,7 @@ def check_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
+def side_folder(out: Path, name: str, resume: bool = True, key: str | None = None) -> Iterator[Path]:
     """A locked folder beside an output, for what a run makes and does not keep.
 
     It is removed at the end, and when the run is refused; a killed or interrupted run leaves it to the same command.
@@ -164,6 +164,7 @@ def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
         out: The run's output.
         name: What the folder is for.
         resume: Take over what an earlier run left in it.
+        key: Names what its contents depend on; those of another key are removed. None: whoever uses it looks after that.
 
     Raises:
         InputError: another run has it, or it cannot be made.
@@ -182,6 +183,10 @@ def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
     try:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
+        if key is not None and not (folder / key).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / key).touch()
         yield folder
         done = True
     except InfoPruneError:

@@ -1,5 +1,6 @@
 """What a job makes of its data before any of it reaches the model."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -84,3 +85,39 @@ def test_only_data_that_are_read_have_to_be_there(tmp_path):
         job.recipe = job.recipe.model_copy(update=update)
         with pytest.raises(InputError, match="does not exist"):
             job.data_fingerprint()
+
+
+def _killed(tmp_path, seed, resumable=True):
+    """Whether a run that is killed found what an earlier one had left."""
+    options = Options(out=tmp_path / "out", spill=tmp_path / "spill", seed=seed, device="cpu")
+    with suppress(KeyboardInterrupt), Job(resolve("tiny-llava", {}), options) as job:
+        job.resumable = resumable
+        found = (left := job.survey.directory / "left").exists()
+        left.mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+    return found
+
+
+def test_only_a_run_of_the_same_inputs_takes_over_what_a_killed_one_spilled(tmp_path):
+    assert [_killed(tmp_path, seed) for seed in (0, 0, 1)] == [False, True, False]
+
+
+def test_a_dry_run_leaves_alone_what_a_killed_run_spilled(tmp_path):
+    _killed(tmp_path, 0)
+    options = Options(out=tmp_path / "out", spill=tmp_path / "spill", device="cpu")
+    with Job(resolve("tiny-llava", {}), options) as job:
+        assert not job.survey.directory.exists()
+    assert _killed(tmp_path, 0)
+
+
+def test_evaluation_data_have_nothing_to_do_with_a_plan(tmp_path):
+    job = Job(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
+    before = job.key(), job.key(evaluated=False)
+    assert job.key() != job.key(original=True)
+    job.recipe = job.recipe.model_copy(update={"evaluation": {}})
+    assert len({*before, job.key()}) == 3
+    absent = {"vqa": DataSource(path=str(tmp_path / "absent"))}
+    job.recipe = job.recipe.model_copy(update={"evaluation": absent})
+    job.key(evaluated=False)
+    with pytest.raises(InputError, match="does not exist"):
+        job.key()

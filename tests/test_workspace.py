@@ -146,6 +146,14 @@ def test_a_refused_run_leaves_nothing_and_an_interrupted_one_its_work(tmp_path):
         assert not folder.exists()
 
 
+def test_what_was_made_of_other_inputs_is_removed(tmp_path):
+    for key, found in (("a", False), ("a", True), ("b", False), ("a", False)):
+        with pytest.raises(KeyboardInterrupt), side_folder(tmp_path / "out", "spill", key=key) as folder:
+            assert (folder / "x").exists() is found
+            (folder / "x").touch()
+            raise KeyboardInterrupt
+
+
 def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
     with side_folder(tmp_path / "out", "random") as folder:
         folder.mkdir()
