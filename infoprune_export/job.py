@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from infoprune_export.bundle import write_atomically
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.launched import processes
 from infoprune_export.material import Material, Options
@@ -87,8 +88,7 @@ class Job(Material):
 
     def clear_spill(self) -> None:
         """Removes what only compressing needed."""
-        for name in ("pass1", "pass2"):
-            shutil.rmtree(self._directory(name), ignore_errors=True)
+        shutil.rmtree(self._spill, ignore_errors=True)
 
     @cached_property
     def findings(self) -> Findings:
@@ -105,12 +105,26 @@ class Job(Material):
             )
 
     def decide(self) -> Plan:
-        """The plan: the one given, or the one that the criterion and the budget make."""
+        """The plan: the one given, that of the killed run that is gone on from, or the one that the criterion and the budget make.
+
+        Deciding twice can come to two plans, since times are measured and heads learned, and the factors that are there fit the first.
+        """
+        if self.options.plan:
+            return read_plan_for(self.options.plan, self.checkpoint.source.sha256)
+        if not self.resumable or self.recipe.kept == 1:
+            return self._decide()
+        decided = self._spill / "plan.json"
+        if not decided.is_file():
+            plan = self._decide()
+            decided.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(decided, plan.to_json() + "\n")
+        return Plan.read(decided)
+
+    def _decide(self) -> Plan:
+        """Decides by the criterion and the budget."""
         from infoprune_export.compress.decide import keep_everything
 
         recipe, source = self.recipe, self.checkpoint.source
-        if self.options.plan:
-            return read_plan_for(self.options.plan, source.sha256)
         common = {
             "source": source,
             "criterion": recipe.criterion,

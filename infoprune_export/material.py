@@ -213,7 +213,7 @@ class Material:
 
         recipe = self.recipe
         used = [*recipe.evaluation.values()] if evaluated else []
-        if recipe.kept < 1 or recipe.train_steps or self.options.plan or not used:
+        if recipe.kept < 1 or recipe.train_steps or self.options.plan or (evaluated and not used):
             used += recipe.calibration
         if recipe.train_steps:
             used += [*recipe.training, *recipe.validation]

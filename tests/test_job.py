@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from infoprune_export.compress.decide import keep_everything
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job
 from infoprune_export.material import Options
@@ -121,3 +122,24 @@ def test_evaluation_data_have_nothing_to_do_with_a_plan(tmp_path):
     job.key(evaluated=False)
     with pytest.raises(InputError, match="does not exist"):
         job.key()
+
+
+def test_a_run_that_is_gone_on_from_keeps_its_plan(tmp_path, monkeypatch):
+    decided = []
+
+    def decide(job, **choices):
+        decided.append(len(decided))
+        return keep_everything(job.anatomy, **choices).model_copy(update={"seed": decided[-1]})
+
+    monkeypatch.setattr(Job, "_within_budget", decide)
+
+    def plan(resumable=True):
+        job = Job(resolve("tiny-llava", {"flops": 0.5}), Options(out=tmp_path / "out", device="cpu"))
+        job.scratch, job.resumable = tmp_path / "scratch", resumable
+        return job, job.decide()
+
+    assert [plan()[1].seed for _ in range(2)] == [0, 0]
+    job, _ = plan()
+    job.clear_spill()
+    assert plan()[1].seed == 1
+    assert [plan(resumable=False)[1].seed for _ in range(2)] == [2, 3]
