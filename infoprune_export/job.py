@@ -80,7 +80,8 @@ class Job(Material):
         if options.spill is not None:
             name = "spill" if self.resumable else "once"  # a dry run leaves alone what a killed run has there
             place = options.spill / (options.out.name or "plan")
-            return self._held.enter_context(side_folder(place, name, options.resume, self.key(evaluated=False)))
+            also = [options.out.absolute().parent]
+            return self._held.enter_context(side_folder(place, name, options.resume, self.key(evaluated=False), also))
         if self.scratch is not None:
             return self.scratch / "spill"
         self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)

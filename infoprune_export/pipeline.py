@@ -77,7 +77,8 @@ def run(job: Job) -> tuple[Bundle, Report]:
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     ledger = Ledger(_work(job, dtypes, keep_original), options.out, options.spill or options.out, progress.note)
-    with Workspace(options.out, _run_key(job, keep_original), options.resume) as space, ledger.kept(space.folder):
+    also = [options.spill] if options.spill else []
+    with Workspace(options.out, _run_key(job, keep_original), options.resume, also) as space, ledger.kept(space.folder):
         root = space.path
         job.scratch = space.scratch
         if recipe.train_steps:

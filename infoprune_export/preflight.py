@@ -18,6 +18,7 @@ from infoprune_export.memory import memory
 from infoprune_export.models.anatomy import Anatomy, Layer
 from infoprune_export.models.flops import layer_flops, tower_passes
 from infoprune_export.recipe import Dtype, Workload
+from infoprune_export.workspace import nearest
 
 BASE_BYTES = 550 * 2**20
 """Of PyTorch, transformers and Python, before a model is there (seen: 0.5 GiB)."""
@@ -166,13 +167,13 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
             mend="use a machine with more memory"
             + (", or leave --train-steps out: training holds whole networks" if work.train_steps else ""),
         )
-    apart = os.stat(_nearest(out)).st_dev != os.stat(_nearest(spill)).st_dev
-    places = {_nearest(out): needs.network + needs.graphs, _nearest(spill): needs.spill} if apart else {_nearest(out): needs.disk}
+    apart = os.stat(nearest(out)).st_dev != os.stat(nearest(spill)).st_dev
+    places = {nearest(out): needs.network + needs.graphs, nearest(spill): needs.spill} if apart else {nearest(out): needs.disk}
     for place, needed in places.items():
         if needed <= (free := shutil.disk_usage(place).free):
             continue
         mends = []
-        if place == _nearest(spill if apart else out) and needs.spill > needs.graphs:
+        if place == nearest(spill if apart else out) and needs.spill > needs.graphs:
             fitting = work.samples - -(-(needed - free) // needs.spill_per_sample)
             mends += [f"--samples {fitting}"] * (fitting > 0)
             mends += [f"--spill DIR on another disk, for {gib(needs.spill)} of it"]
@@ -182,12 +183,6 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
             where=place,
             mend=f"make space, or use {', or '.join(mends)}",
         )
-
-
-def _nearest(path: Path) -> Path:
-    """The nearest directory of a path that exists."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def gib(n: float) -> str:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,8 +164,26 @@ def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
         assert folder.exists()
 
 
-def test_a_disk_that_fills_while_the_folder_is_written(tmp_path):
+def test_a_full_disk_leaves_the_folder_to_the_same_command(tmp_path):
     with pytest.raises(NotEnough, match="disk is full"), side_folder(tmp_path / "out", "random") as folder:
         folder.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert folder.exists()
+
+
+def test_a_disk_that_fills_in_a_work_folder_leaves_the_folder_elsewhere(tmp_path):
+    spilled, space = side_folder(tmp_path / "spill" / "out", "spill"), Workspace(tmp_path / "out", "k")
+    with pytest.raises(NotEnough, match="disk is full"), spilled as folder, space:
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert folder.exists()
+
+
+def test_the_path_that_is_full_is_named(tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    free = lambda path: 10**9 * ("small" not in path.parts)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free(path)))
+    for named, where in ((None, tmp_path / "small"), (str(tmp_path / "x"), tmp_path / "x")):
+        with pytest.raises(NotEnough) as e, Workspace(tmp_path / "out", "k", also=[tmp_path / "small" / "spill"]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
+        assert str(e.value).startswith(f"{where}: the disk is full")
