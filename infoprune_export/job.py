@@ -16,6 +16,7 @@ from infoprune_export.plans import Plan, read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
 from infoprune_export.stopwatch import Stopwatch
+from infoprune_export.workspace import beside, side_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,18 +75,23 @@ class Job(Material):
 
     @cached_property
     def _spill(self) -> Path:
-        from infoprune_export.workspace import side_folder
-
         options = self.options
         if options.spill is not None:
-            name = "spill" if self.resumable else "once"  # a dry run leaves alone what a killed run has there
-            place = options.spill / (options.out.name or "plan")
             also = [options.out.absolute().parent]
-            return self._held.enter_context(side_folder(place, name, options.resume, self.key(evaluated=False), also))
+            return self._held.enter_context(side_folder(*self._elsewhere(), options.resume, self.key(evaluated=False), also))
         if self.scratch is not None:
             return self.scratch / "spill"
         self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
         return Path(self._temporary.name)
+
+    @property
+    def spilled_elsewhere(self) -> Path | None:
+        """This run's folder in the directory that `--spill` names."""
+        return beside(*self._elsewhere()) if self.options.spill else None
+
+    def _elsewhere(self) -> tuple[Path, str]:
+        """What that folder is beside, and its name: a dry run leaves alone what a killed run has there."""
+        return self.options.spill / (self.options.out.name or "plan"), "spill" if self.resumable else "once"
 
     def clear_spill(self) -> None:
         """Removes what only compressing needed."""

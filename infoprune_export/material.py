@@ -99,12 +99,12 @@ class Material:
         """Weights of the right shapes, made beside the output and kept there until this job ends."""
         from infoprune_export.models.load import locate, locate_config
         from infoprune_export.models.random_weights import RandomCheckpoint
-        from infoprune_export.workspace import check_disk, side_folder
+        from infoprune_export.workspace import beside, check_disk, side_folder, tree_bytes
 
         recipe, options = self.recipe, self.options
         config, name = locate_config(recipe.model, self.base, recipe.revision, recipe.prepare)
         checkpoint = RandomCheckpoint(config, options.seed)
-        check_disk(options.out, checkpoint.bytes)
+        check_disk(options.out, checkpoint.bytes - tree_bytes(beside(options.out, "random")))
         directory = self._held.enter_context(side_folder(options.out, "random", options.resume))
         self.progress.note(f"random weights in the shapes of {name}: times and sizes mean something, answers do not")
         with self.progress.bar("random weights", checkpoint.tensors) as advance:

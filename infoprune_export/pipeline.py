@@ -76,9 +76,9 @@ def run(job: Job) -> tuple[Bundle, Report]:
     job.check_training()
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
-    ledger = Ledger(_work(job, dtypes, keep_original), options.out, options.spill or options.out, progress.note)
-    also = [options.spill] if options.spill else []
-    with Workspace(options.out, _run_key(job, keep_original), options.resume, also) as space, ledger.kept(space.folder):
+    space = Workspace(options.out, _run_key(job, keep_original), options.resume, [options.spill] if options.spill else [])
+    ledger = Ledger(_work(job, dtypes, keep_original), space.folder, job.spilled_elsewhere, progress.note)
+    with space, ledger.kept():
         root = space.path
         job.scratch = space.scratch
         if recipe.train_steps:

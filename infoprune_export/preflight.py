@@ -148,7 +148,7 @@ def matrix_rate(columns: int = 1536, rounds: int = 4) -> float:
     return 2 * columns**3 / best
 
 
-def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
+def check(needs: Needs, work: Work, out: Path, spill: Path, written: int = 0, spilled: int = 0) -> None:
     """Stops before work that would not fit, and says what would.
 
     Args:
@@ -156,6 +156,8 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
         work: What it was made of.
         out: The bundle's directory.
         spill: Where hidden states go.
+        written: Bytes that an earlier run, which this one goes on from, wrote to the one.
+        spilled: Those that it wrote to the other, where that is apart.
 
     Raises:
         NotEnough: memory or disk.
@@ -168,9 +170,9 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
             + (", or leave --train-steps out: training holds whole networks" if work.train_steps else ""),
         )
     apart = os.stat(nearest(out)).st_dev != os.stat(nearest(spill)).st_dev
-    places = {nearest(out): needs.network + needs.graphs, nearest(spill): needs.spill} if apart else {nearest(out): needs.disk}
-    for place, needed in places.items():
-        if needed <= (free := shutil.disk_usage(place).free):
+    both = {nearest(out): (needs.network + needs.graphs, written), nearest(spill): (needs.spill, spilled)}
+    for place, (needed, there) in (both if apart else {nearest(out): (needs.disk, written + spilled)}).items():
+        if needed <= (free := shutil.disk_usage(place).free + there):
             continue
         mends = []
         if place == nearest(spill if apart else out) and needs.spill > needs.graphs:
@@ -179,7 +181,7 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
             mends += [f"--spill DIR on another disk, for {gib(needs.spill)} of it"]
         mends += ["--no-original"] * work.original + ["another --out"]
         raise NotEnough(
-            f"this run takes about {gib(needed)} of disk, {gib(free)} are free",
+            f"this run takes about {gib(needed)} of disk, {gib(free)} are free" + " or hold what an earlier run wrote" * bool(there),
             where=place,
             mend=f"make space, or use {', or '.join(mends)}",
         )

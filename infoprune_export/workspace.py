@@ -11,7 +11,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -42,10 +42,9 @@ class Workspace:
         check_output(out)
         self.out = out.absolute()
         self.key, self.resume, self.also = key, resume, also
-        self.folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self.folder = beside(out, f"work-{key[:16]}")
         self.path, self.scratch, self._stages = (self.folder / name for name in ("bundle", "scratch", "stages"))
-        self._old = self.out.with_name(f".{self.out.name}.old")
-        self._lock_path = self.out.with_name(f".{self.out.name}.lock")
+        self._old, self._lock_path = beside(out, "old"), beside(out, "lock")
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
 
@@ -151,6 +150,21 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
+def beside(out: Path, name: str) -> Path:
+    """A hidden path next to an output."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.{name}")
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below a directory; 0 where there is none."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size * path.is_file()
+    return total
+
+
 @contextmanager
 def side_folder(out: Path, name: str, resume: bool = True, key: str | None = None, also: Sequence[Path] = ()) -> Iterator[Path]:
     """A locked folder beside an output, for what a run makes and does not keep.
@@ -170,7 +184,7 @@ def side_folder(out: Path, name: str, resume: bool = True, key: str | None = Non
     """
     check_output(out)
     out = out.absolute()
-    folder, lock_path = (out.with_name(f".{out.name}.{name}{suffix}") for suffix in ("", ".lock"))
+    folder, lock_path = beside(out, name), beside(out, f"{name}.lock")
     made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -92,20 +92,32 @@ def test_what_fits_is_let_through(work, monkeypatch, tmp_path):
     check(needs, work, tmp_path / "out", tmp_path)
 
 
+def test_what_an_earlier_run_wrote_is_not_needed_again(work, monkeypatch, tmp_path):
+    needs = work.needs(1e11)
+    monkeypatch.setattr(preflight, "memory", lambda: Memory(2**36, 2**36))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, needs.disk - 3 * 2**30))
+    with pytest.raises(NotEnough, match="are free or hold what an earlier run wrote"):
+        check(needs, work, tmp_path / "out", tmp_path, 2**30, 2**30)
+    check(needs, work, tmp_path / "out", tmp_path, 2 * 2**30, 2**30)
+
+
 def test_a_ledger_tells_long_work_and_writes_down_what_it_took(work, monkeypatch, tmp_path):
+    given_to_check = []
     monkeypatch.setattr(ledger, "matrix_rate", lambda: 1e11)
-    monkeypatch.setattr(ledger, "check", lambda *given: None)
+    monkeypatch.setattr(ledger, "check", lambda *given: given_to_check.append(given[-2:]))
     monkeypatch.setattr(ledger, "LOOK_EVERY", 0.001)
+    space = Workspace(tmp_path / "out", "k" * 20)
     for again in (False, True):
         told = []
-        book = Ledger(work, tmp_path / "out", tmp_path, told.append)
+        book = Ledger(work, space.folder, None, told.append)
         assert len(told) == 1 and "minutes" in told[0]
-        with Workspace(tmp_path / "out", "k" * 20) as space, book.kept(space.folder):
+        with space, book.kept():
             book.stage(space, "compress", lambda: (space.path / "x").write_bytes(b"\0" * 12345))
             found = book.close({"algebra": 0.0})
         assert found.memory_bytes.predicted == book.needs.memory and found.seconds.predicted > 60
         if again:
             assert found.disk_bytes.measured is None and found.parts == {}, "an earlier run had done a part"
+            assert given_to_check == [(0, 0), (12345, 0)], "and what it wrote needs no disk again"
         else:
             assert found.disk_bytes.measured >= 12345 and found.memory_bytes.measured > 10 * 2**20
             assert set(found.parts) == {"algebra", "files"}
