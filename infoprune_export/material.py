@@ -139,6 +139,12 @@ class Material:
     def workload(self) -> Workload:
         """The recipe's, with the model's own number of image tokens."""
         own, asked = self.anatomy.geometry.image_tokens, self.recipe.workload
+        if not asked.images and self.recipe.scope == "vision":
+            raise InputError(
+                "workload.images is 0, so the vision tower never runs",
+                where=self.recipe.origin or self.recipe.name,
+                mend="use --scope language, or a workload with images",
+            )
         if "image_tokens" in asked.model_fields_set and asked.image_tokens != own:
             raise InputError(
                 f"workload.image_tokens is {asked.image_tokens}, one image of this model takes {own}",

@@ -143,3 +143,11 @@ def test_a_run_that_is_gone_on_from_keeps_its_plan(tmp_path, monkeypatch):
     job.clear_spill()
     assert plan()[1].seed == 1
     assert [plan(resumable=False)[1].seed for _ in range(2)] == [2, 3]
+
+
+def test_a_vision_tower_that_never_runs_cannot_be_what_is_cut(tmp_path):
+    recipe = resolve("tiny-llava", {"scope": "vision"})
+    recipe = recipe.model_copy(update={"workload": recipe.workload.model_copy(update={"images": 0})})
+    with pytest.raises(InputError, match=r"workload\.images is 0") as refused:
+        _ = Job(recipe, Options(out=tmp_path / "out", device="cpu")).workload
+    assert "--scope language" in refused.value.mend
