@@ -151,3 +151,7 @@ def test_a_vision_tower_that_never_runs_cannot_be_what_is_cut(tmp_path):
     with pytest.raises(InputError, match=r"workload\.images is 0") as refused:
         _ = Job(recipe, Options(out=tmp_path / "out", device="cpu")).workload
     assert "--scope language" in refused.value.mend
+
+
+def test_a_workload_that_names_no_image_tokens_gets_the_models_own(tmp_path):
+    assert Job(resolve("tiny-llava", {"flops": 0.5}), Options(out=tmp_path / "out", device="cpu")).workload.image_tokens == 64
