@@ -274,7 +274,8 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     if recipe.latency is not None and processes() > 1:  # each would measure, and decide, for itself
         raise InputError("--latency is decided by one process", mend="plan without a launcher, or export, which decides in the first")
     out = options.out
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
+    own = {"plan.json", "factors.safetensors", "factors.safetensors.part"}
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - own):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     with Job(recipe, options, progress) as job:
         job.resumable = True

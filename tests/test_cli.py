@@ -141,3 +141,24 @@ def test_dry_run_writes_nothing(run, small_model, tmp_path):
     plan = json.loads(run(small_model, "--flops", "0.7", "--samples", "8", "--dry-run", "--json", cwd=tmp_path).stdout)
     assert 0.69 < plan["budget"]["predicted"] <= 0.7
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["tiny-llava"], "error: interrupted; the same command goes on from here\n"),
+        (["export", "tiny-llava"], "error: interrupted; the same command goes on from here\n"),
+        (["tiny-llava", "--dry-run"], "error: interrupted\n"),
+        (["bench", "build/x"], "error: interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(args, said, monkeypatch, capsys):
+    from infoprune_export.cli import entry
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry.cli, "main", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        entry.main([*args, "-v"])  # else warnings and logging would be off for the tests that follow
+    assert ended.value.code == 130 and capsys.readouterr().err == said

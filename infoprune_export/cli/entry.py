@@ -41,7 +41,7 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as e:
         _fail(e.format_message(), 2, verbosity)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from here", 130, 0)
+        _fail("interrupted" + "; the same command goes on from here" * _resumes(args), 130, 0)
     except BrokenPipeError:
         sys.exit(0)
     except MemoryError:
@@ -54,6 +54,12 @@ def main(args: list[str] | None = None) -> None:
             70,
             verbosity,
         )
+
+
+def _resumes(args: list[str]) -> bool:
+    """Whether a command goes on where it was interrupted; `export` may be left out."""
+    verb = args[0] if args and args[0] in cli.commands else "export"
+    return verb == "export" and "--dry-run" not in args
 
 
 def _fail(message: str, code: int, verbosity: int) -> None:
