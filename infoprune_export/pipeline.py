@@ -104,7 +104,7 @@ def run(job: Job) -> tuple[Bundle, Report]:
 
 
 def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
-    from infoprune_export.compress.evidence import needs_gradients
+    from infoprune_export.compress.evidence import needs_gradients, task_needs
 
     recipe = job.recipe
     compresses = recipe.kept < 1 or job.options.plan is not None
@@ -116,6 +116,7 @@ def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
         kept=recipe.kept,
         samples=recipe.samples if compresses else 0,
         weighted=needs_gradients(recipe.criterion),
+        answers=task_needs(recipe.criterion),
         dtypes=tuple(dtypes),
         original=keep_original,
         train_steps=recipe.train_steps,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from infoprune_export.errors import NotEnough
 from infoprune_export.memory import memory
-from infoprune_export.models.anatomy import Anatomy, Layer
+from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer
 from infoprune_export.models.flops import layer_flops, tower_passes
 from infoprune_export.recipe import Dtype, Workload
 from infoprune_export.workspace import nearest
@@ -68,6 +68,7 @@ class Work:
         kept: Fraction of the FLOPs.
         samples: Calibration questions; 0 where nothing is compressed.
         weighted: Whether gradients are gathered.
+        answers: What is gathered in a pass of its own, of the gradients of the reference answers: `gates`, `weights`.
         dtypes: Of the graphs.
         original: Whether the original's graphs are kept.
         train_steps: Whole networks are in memory where there are any.
@@ -82,6 +83,7 @@ class Work:
     weighted: bool
     dtypes: tuple[Dtype, ...]
     original: bool
+    answers: frozenset[str] = frozenset()
     train_steps: int = 0
 
     def needs(self, flops_per_second: float) -> Needs:
@@ -96,11 +98,17 @@ class Work:
         factors = network if self.samples else 0
         graphs = sum(BYTES[d] for d in self.dtypes) * round((self.kept + self.original) * self.parameters)
         training = 6 * 4 * self.parameters * bool(self.train_steps)
-        per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self.weighted / 8) for x in layers)
+        per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self._backwards / 8) for x in layers)
         kept_moments = sum(8 * n**2 for x in layers for n in _ffn_widths(x)) * self.weighted
-        spill = round(self.samples * per_sample) + (kept_moments + factors if self.samples else 0)
+        gradients = sum(4 * _attention_parameters(x) for x in layers) * ("weights" in self.answers)
+        spill = round(self.samples * per_sample) + (kept_moments + gradients + factors if self.samples else 0)
         seconds = sum(map(self._layer_flops, layers)) / flops_per_second if self.samples else 0.0
         return Needs(max(BASE_BYTES + rest + largest, whole), network + factors, graphs + training, spill, round(per_sample), seconds)
+
+    @property
+    def _backwards(self) -> bool:
+        """Whether gradients go back through the layers, for which all hidden states wait on disk."""
+        return self.weighted or bool(self.answers)
 
     def _tokens(self, layer: Layer) -> int:
         """Of one calibration sample."""
@@ -112,7 +120,7 @@ class Work:
         biggest = max((m.d_in * m.d_out for m in layer.ffn.matrices.values()), default=0)
         if not self.samples:
             return weights + 8 * biggest
-        per_token = 4 * TOKEN_FLOATS * (o.d_out + layer.ffn.down.d_in / 3) if self.weighted else 8 * layer.ffn.down.d_in
+        per_token = 4 * TOKEN_FLOATS * (o.d_out + layer.ffn.down.d_in / 3) if self._backwards else 8 * layer.ffn.down.d_in
         tokens = max(self._tokens(layer), min(BATCH_TOKENS, self.samples * self._tokens(layer)))
         moments = 8 * (o.d_in**2 + o.d_out**2 * self.weighted + sum(n**2 for n in widths) * (1 + self.weighted))
         widest = max([o.d_in, o.d_out, *widths])
@@ -124,12 +132,16 @@ class Work:
         forward = self.samples * layer_flops(layer, None, towers[layer.tower])
         squares = o.d_in**2 + o.d_out**2 + 2 * sum(n**2 for n in widths)
         moments = 2 * self.samples * self._tokens(layer) * squares
-        return forward * (1 + 2 * self.weighted + 2) + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
+        passes = 1 + 2 * self.weighted + 3 * bool(self.answers) + 2
+        return passes * forward + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
 
 
 def _parameters(layer: Layer) -> int:
-    maps = [getattr(layer.attention, role) for role in "qkvo"] + list(layer.ffn.matrices.values())
-    return sum(m.d_in * m.d_out for m in maps)
+    return _attention_parameters(layer) + sum(m.d_in * m.d_out for m in layer.ffn.matrices.values())
+
+
+def _attention_parameters(layer: Layer) -> int:
+    return sum(m.d_in * m.d_out for m in (getattr(layer.attention, role) for role in ATTENTION_ROLES))
 
 
 def _ffn_widths(layer: Layer) -> list[int]:

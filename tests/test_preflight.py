@@ -64,6 +64,13 @@ def test_training_holds_whole_networks_and_exporting_alone_no_moments(work):
     assert (alone.spill, alone.seconds) == (0, 0) and alone.memory < work.needs(1e11).memory
 
 
+def test_a_pass_for_the_reference_answers_takes_time_and_disk(work, llava):
+    one = replace(work, weighted=False).needs(1e11)
+    gates, weights = (replace(work, weighted=False, answers=frozenset({x})).needs(1e11) for x in ("gates", "weights"))
+    assert one.seconds < gates.seconds == weights.seconds and one.spill < gates.spill
+    assert weights.spill - gates.spill == sum(4 * 4 * x.attention.o.d_in**2 for x in llava.layers())
+
+
 def test_too_little_memory_is_refused(work, monkeypatch, tmp_path):
     monkeypatch.setattr(preflight, "memory", lambda: Memory(4 * 2**30, 3 * 2**30))
     with pytest.raises(NotEnough, match=r"GiB of memory at its peak, 3\.0 GiB are free"):
