@@ -30,6 +30,7 @@ def to_model(recipe: Recipe, options: Options, progress: Progress | None = None)
     """
     require_export()
     with Job(recipe, options, progress) as job, _in_place_when_whole(options.out) as part:
+        job.resumable = True
         plan = job.factors(job.decide())
         plan.save(part)
         copy_processor_files(job.checkpoint.directory, part)

@@ -76,22 +76,23 @@ class Job(Material):
     @cached_property
     def _spill(self) -> Path:
         options = self.options
-        if options.spill is not None:
-            also = [options.out.absolute().parent]
-            return self._held.enter_context(side_folder(*self._elsewhere(), options.resume, self.key(evaluated=False), also))
-        if self.scratch is not None:
+        if options.spill is None and self.scratch is not None:
             return self.scratch / "spill"
-        self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
-        return Path(self._temporary.name)
+        if options.spill is None and not self.resumable:
+            self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
+            return Path(self._temporary.name)
+        also = [options.out.absolute().parent]
+        return self._held.enter_context(side_folder(*self._side(), options.resume, self.key(evaluated=False), also))
 
     @property
     def spilled_elsewhere(self) -> Path | None:
         """This run's folder in the directory that `--spill` names."""
-        return beside(*self._elsewhere()) if self.options.spill else None
+        return beside(*self._side()) if self.options.spill else None
 
-    def _elsewhere(self) -> tuple[Path, str]:
-        """What that folder is beside, and its name: a dry run leaves alone what a killed run has there."""
-        return self.options.spill / (self.options.out.name or "plan"), "spill" if self.resumable else "once"
+    def _side(self) -> tuple[Path, str]:
+        """What the folder is beside that outlives a killed run, and its name: a dry run leaves alone what a killed run has there."""
+        out, spill = self.options.out, self.options.spill
+        return spill / (out.name or "plan") if spill else out, "spill" if self.resumable else "once"
 
     def clear_spill(self) -> None:
         """Removes what only compressing needed."""

@@ -281,8 +281,8 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     with Job(recipe, options, progress) as job:
         job.resumable = True
         plan = job.make_plan()
-    if is_first():  # the processes of a launch all come to the same plan
-        plan.save(out)
+        if is_first():  # the processes of a launch all come to the same plan
+            plan.save(out)
     return plan
 
 

@@ -128,7 +128,12 @@ def check_output(out: Path) -> None:
         raise InputError("exists and is not a bundle; it is never overwritten", where=out, mend="choose another --out")
     if out.exists() and not out.is_dir():
         raise InputError("is a file", where=out, mend="choose another --out")
-    parent = nearest(out.absolute().parent)
+    _check_writable(out.absolute().parent)
+
+
+def _check_writable(directory: Path) -> None:
+    """Refuses a directory, there or to be made, in which nothing can be made."""
+    parent = nearest(directory)
     read_only = parent.is_dir() and os.statvfs(parent).f_blocks == 0  # file systems without blocks, such as /proc, hold no files
     if not parent.is_dir() or read_only or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError("cannot be written", where=parent, mend="choose another --out")
@@ -182,8 +187,8 @@ def side_folder(out: Path, name: str, resume: bool = True, key: str | None = Non
         InputError: another run has it, or it cannot be made.
         FullDisk: what was made is kept.
     """
-    check_output(out)
     out = out.absolute()
+    _check_writable(out.parent)
     folder, lock_path = beside(out, name), beside(out, f"{name}.lock")
     made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     try:
@@ -220,6 +225,7 @@ def side_folder(out: Path, name: str, resume: bool = True, key: str | None = Non
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GOES_ON = "make space and run the same command again: it goes on from here"
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -229,12 +235,13 @@ def is_full_disk(error: BaseException) -> bool:
     return any(f"os error {code})" in str(error) or os.strerror(code) in str(error) for code in FULL_DISK)
 
 
-def full_disk(error: BaseException | None, *places: Path) -> FullDisk | None:
+def full_disk(error: BaseException | None, *places: Path, mend: str = GOES_ON) -> FullDisk | None:
     """What a user is told of an error that is the disk's; None of any other.
 
     Args:
         error: Raised while files were written.
         places: Directories that were written below; the one with the least space is named where the error names no file.
+        mend: What to do about it.
     """
     if error is None or isinstance(error, InfoPruneError) or not is_full_disk(error):
         return None
@@ -242,7 +249,7 @@ def full_disk(error: BaseException | None, *places: Path) -> FullDisk | None:
     return FullDisk(
         "the disk is full, or a file may not grow further",
         where=getattr(error, "filename", None) or fullest,
-        mend="make space and run the same command again: it goes on from here",
+        mend=mend,
     )
 
 

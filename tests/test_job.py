@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from infoprune_export.application import to_model
 from infoprune_export.compress.decide import keep_everything
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job
 from infoprune_export.material import Options
+from infoprune_export.pipeline import write_plan
 from infoprune_export.recipe import DataSource
 from infoprune_export.resolution import resolve
 
@@ -155,3 +157,17 @@ def test_a_vision_tower_that_never_runs_cannot_be_what_is_cut(tmp_path):
 
 def test_a_workload_that_names_no_image_tokens_gets_the_models_own(tmp_path):
     assert Job(resolve("tiny-llava", {"flops": 0.5}), Options(out=tmp_path / "out", device="cpu")).workload.image_tokens == 64
+
+
+@pytest.mark.parametrize("verb", [write_plan, to_model])
+def test_plan_and_apply_spill_beside_their_output_and_go_on_from_there(verb, tmp_path, monkeypatch):
+    seen = []
+
+    def killed(job):
+        seen.append(job.survey.directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "decide", killed)
+    with pytest.raises(KeyboardInterrupt):
+        verb(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
+    assert seen == [tmp_path / ".out.spill" / "pass1"] and seen[0].parent.is_dir()

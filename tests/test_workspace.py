@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,16 @@ def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
         with pytest.raises(InputError, match="another run is writing"), side_folder(tmp_path / "out", "random"):
             pass
         assert folder.exists()
+
+
+def test_a_folder_may_stand_beside_anything(tmp_path):
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").touch()
+    with side_folder(tmp_path / "plan", "spill", key="k") as folder:
+        assert folder.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["plan"]
+    with pytest.raises(InputError, match="cannot be written"), side_folder(Path("/proc/nowhere/plan"), "spill"):
+        pass
 
 
 def test_a_full_disk_leaves_the_folder_to_the_same_command(tmp_path):
