@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from infoprune_export.bundle import write_atomically
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.launched import processes
+from infoprune_export.launched import own, processes
 from infoprune_export.material import Material, Options
 from infoprune_export.plans import Plan, read_factors
 from infoprune_export.progress import Progress
@@ -81,8 +81,14 @@ class Job(Material):
         if options.spill is None and not self.resumable:
             self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
             return Path(self._temporary.name)
-        also = [options.out.absolute().parent]
-        return self._held.enter_context(side_folder(*self._side(), options.resume, self.key(evaluated=False), also))
+        folder = side_folder(
+            *self._side(),
+            resume=options.resume,
+            key=self.key(evaluated=False),
+            also=[options.out.absolute().parent],
+            option="--spill" if options.spill else "--out",
+        )
+        return self._held.enter_context(folder)
 
     @property
     def spilled_elsewhere(self) -> Path | None:
@@ -92,7 +98,7 @@ class Job(Material):
     def _side(self) -> tuple[Path, str]:
         """What the folder is beside that outlives a killed run, and its name: a dry run leaves alone what a killed run has there."""
         out, spill = self.options.out, self.options.spill
-        return spill / (out.name or "plan") if spill else out, "spill" if self.resumable else "once"
+        return spill / (out.name or "plan") if spill else out, own("spill" if self.resumable else "once")
 
     def clear_spill(self) -> None:
         """Removes what only compressing needed."""

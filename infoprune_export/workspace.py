@@ -131,12 +131,12 @@ def check_output(out: Path) -> None:
     _check_writable(out.absolute().parent)
 
 
-def _check_writable(directory: Path) -> None:
+def _check_writable(directory: Path, option: str = "--out") -> None:
     """Refuses a directory, there or to be made, in which nothing can be made."""
     parent = nearest(directory)
     read_only = parent.is_dir() and os.statvfs(parent).f_blocks == 0  # file systems without blocks, such as /proc, hold no files
     if not parent.is_dir() or read_only or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError("cannot be written", where=parent, mend="choose another --out")
+        raise InputError("cannot be written", where=parent, mend=f"choose another {option}")
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -171,7 +171,14 @@ def tree_bytes(root: Path) -> int:
 
 
 @contextmanager
-def side_folder(out: Path, name: str, resume: bool = True, key: str | None = None, also: Sequence[Path] = ()) -> Iterator[Path]:
+def side_folder(
+    out: Path,
+    name: str,
+    resume: bool = True,
+    key: str | None = None,
+    also: Sequence[Path] = (),
+    option: str = "--out",
+) -> Iterator[Path]:
     """A locked folder beside an output, for what a run makes and does not keep.
 
     It is removed at the end, and when the run is refused; a run that was killed, interrupted or out of disk leaves it to the same command.
@@ -182,20 +189,21 @@ def side_folder(out: Path, name: str, resume: bool = True, key: str | None = Non
         resume: Take over what an earlier run left in it.
         key: Names what its contents depend on; those of another key are removed. None: whoever uses it looks after that.
         also: Other directories that the run writes below.
+        option: Of the command line, which says where it is.
 
     Raises:
         InputError: another run has it, or it cannot be made.
         FullDisk: what was made is kept.
     """
     out = out.absolute()
-    _check_writable(out.parent)
+    _check_writable(out.parent, option)
     folder, lock_path = beside(out, name), beside(out, f"{name}.lock")
     made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(lock_path, out)
     except OSError as e:
-        raise InputError(f"cannot be written ({e.strerror})", where=out.parent, mend="choose another --out") from None
+        raise InputError(f"cannot be written ({e.strerror})", where=out.parent, mend=f"choose another {option}") from None
     done = False
     try:
         if not resume:

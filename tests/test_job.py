@@ -1,6 +1,7 @@
 """What a job makes of its data before any of it reaches the model."""
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -171,3 +172,25 @@ def test_plan_and_apply_spill_beside_their_output_and_go_on_from_there(verb, tmp
     with pytest.raises(KeyboardInterrupt):
         verb(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
     assert seen == [tmp_path / ".out.spill" / "pass1"] and seen[0].parent.is_dir()
+
+
+def test_the_processes_of_a_launch_spill_apart_and_beside_whatever_is_there(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()  # the model itself, say
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ExitStack() as jobs:
+        found = set()
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            job = Job(resolve("tiny-llava", {}), Options(out=tmp_path / "build" / "out", spill=tmp_path, device="cpu"))
+            found.add(jobs.enter_context(job).survey.directory)
+    assert len(found) == 2
+
+
+def test_a_spill_that_cannot_be_written_is_named(tmp_path):
+    with (
+        pytest.raises(InputError, match="cannot be written") as refused,
+        Job(resolve("tiny-llava", {}), Options(out=tmp_path / "out", spill=Path("/proc/nowhere"), device="cpu")) as job,
+    ):
+        _ = job.survey
+    assert refused.value.mend == "choose another --spill"
