@@ -24,7 +24,7 @@ class Ledger:
 
     Args:
         work: What is to be done.
-        folder: Where files grow; what an earlier run wrote there is not needed again.
+        space: Where files grow; what an earlier run wrote there needs no disk again.
         spill: The folder elsewhere where hidden states go, if there is one; likewise.
         note: Gets a line where the work will take long.
 
@@ -32,16 +32,17 @@ class Ledger:
         NotEnough: less memory or disk than the work takes.
     """
 
-    def __init__(self, work: Work, folder: Path, spill: Path | None, note: Callable[[str], None]):
+    def __init__(self, work: Work, space: Workspace, spill: Path | None, note: Callable[[str], None]):
         self.needs: Needs = work.needs(matrix_rate())
-        self._folders = [folder] if spill is None else [folder, spill]
-        written, spilled = tree_bytes(folder), sum(map(tree_bytes, self._folders[1:]))
-        check(self.needs, work, folder.parent, self._folders[-1].parent, written, spilled)
+        self._space, self._folders = space, [space.folder] if spill is None else [space.folder, spill]
+        written, spilled = tree_bytes(space.folder), sum(map(tree_bytes, self._folders[1:]))
+        check(self.needs, work, space.folder.parent, self._folders[-1].parent, written, spilled)
         if self.needs.seconds >= WORTH_TELLING:
             minutes = round(self.needs.seconds / 60)
             note(f"compressing takes about {minutes} minutes, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
         self._memory = self._disk = 0
-        self._seconds, self._whole = 0.0, True
+        # A run that was killed inside a stage has done a part of it without having marked it.
+        self._seconds, self._whole = 0.0, not (space.resume and (written or spilled))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -62,12 +63,12 @@ class Ledger:
         finally:
             self._stop()
 
-    def stage(self, space: Workspace, name: str, work: Callable[[], None]) -> None:
+    def stage(self, name: str, work: Callable[[], None]) -> None:
         """Runs a stage of compressing or exporting; see `Workspace.stage`."""
         begin = time.monotonic()
-        self._whole &= space.stage(name, work)
+        self._whole &= self._space.stage(name, work)
         self._seconds += time.monotonic() - begin
-        self._disk = max(self._disk, tree_bytes(self._folders[0]))
+        self._disk = max(self._disk, sum(map(tree_bytes, self._folders)))
 
     def close(self, parts: Mapping[str, float]) -> Resources:
         """What was taken until now, beside the prediction; what a run that was gone on from took before is not known.

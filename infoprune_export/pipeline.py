@@ -77,20 +77,20 @@ def run(job: Job) -> tuple[Bundle, Report]:
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     space = Workspace(options.out, _run_key(job, keep_original), options.resume, [options.spill] if options.spill else [])
-    ledger = Ledger(_work(job, dtypes, keep_original), space.folder, job.spilled_elsewhere, progress.note)
+    ledger = Ledger(_work(job, dtypes, keep_original), space, job.spilled_elsewhere, progress.note)
     with space, ledger.kept():
         root = space.path
         job.scratch = space.scratch
         if recipe.train_steps:
-            ledger.stage(space, "compress", lambda: _compress(job, space.scratch))
+            ledger.stage("compress", lambda: _compress(job, space.scratch))
             job.clear_spill()
-            ledger.stage(space, "train", lambda: _train(job, space.scratch, root))
+            ledger.stage("train", lambda: _train(job, space.scratch, root))
             announce(space.scratch, "done")
         else:
-            ledger.stage(space, "compress", lambda: _compress(job, root))
+            ledger.stage("compress", lambda: _compress(job, root))
             job.clear_spill()
         plan = job.adopt(Plan.read(root / "plan.json"))
-        ledger.stage(space, "graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
+        ledger.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
         resources = ledger.close(job.stopwatch.seconds)
         space.stage("reference", lambda: _reference(job, root, progress))
         if recipe.weights:

@@ -116,10 +116,10 @@ def test_a_ledger_tells_long_work_and_writes_down_what_it_took(work, monkeypatch
     space = Workspace(tmp_path / "out", "k" * 20)
     for again in (False, True):
         told = []
-        book = Ledger(work, space.folder, None, told.append)
+        book = Ledger(work, space, None, told.append)
         assert len(told) == 1 and "minutes" in told[0]
         with space, book.kept():
-            book.stage(space, "compress", lambda: (space.path / "x").write_bytes(b"\0" * 12345))
+            book.stage("compress", lambda: (space.path / "x").write_bytes(b"\0" * 12345))
             found = book.close({"algebra": 0.0})
         assert found.memory_bytes.predicted == book.needs.memory and found.seconds.predicted > 60
         if again:
@@ -128,6 +128,25 @@ def test_a_ledger_tells_long_work_and_writes_down_what_it_took(work, monkeypatch
         else:
             assert found.disk_bytes.measured >= 12345 and found.memory_bytes.measured > 10 * 2**20
             assert set(found.parts) == {"algebra", "files"}
+
+
+@pytest.mark.parametrize(
+    ("left", "resume", "known"), [("", True, True), ("work", True, False), ("spill", True, False), ("work", False, True)]
+)
+def test_what_a_run_took_is_not_known_where_a_killed_one_had_begun(work, monkeypatch, tmp_path, left, resume, known):
+    monkeypatch.setattr(ledger, "matrix_rate", lambda: 1e11)
+    monkeypatch.setattr(ledger, "check", lambda *given: None)
+    space, spill = Workspace(tmp_path / "out", "k", resume), tmp_path / "spill"
+    for folder in (space.folder, spill):
+        folder.mkdir()
+    if left:
+        ({"work": space.folder, "spill": spill}[left] / "begun").write_text("x")
+    book = Ledger(work, space, spill, print)
+    with space, book.kept():
+        book.stage("compress", lambda: (spill / "states").write_bytes(b"\0" * 12345))
+        found = book.close({})
+    assert (found.disk_bytes.measured is not None) is known
+    assert not known or found.disk_bytes.measured >= 12345, "of both places"
 
 
 def test_a_run_puts_its_states_where_spill_says_and_reports_what_it_took(run, small_model, tmp_path):
