@@ -38,8 +38,8 @@ class Ledger:
         written, spilled = tree_bytes(space.folder), sum(map(tree_bytes, self._folders[1:]))
         check(self.needs, work, space.folder.parent, self._folders[-1].parent, written, spilled)
         if self.needs.seconds >= WORTH_TELLING:
-            minutes = round(self.needs.seconds / 60)
-            note(f"compressing takes about {minutes} minutes, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
+            minutes = f"{round(self.needs.seconds / 60)} minutes" + " on the CPU and less with the GPU" * work.on_gpu
+            note(f"compressing takes about {minutes}, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
         self._memory = self._disk = 0
         # A run that was killed inside a stage has done a part of it without having marked it.
         self._seconds, self._whole = 0.0, not (space.resume and (written or spilled))

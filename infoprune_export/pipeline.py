@@ -120,6 +120,7 @@ def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
         dtypes=tuple(dtypes),
         original=keep_original,
         train_steps=recipe.train_steps,
+        on_gpu=job.device.type != "cpu",
     )
 
 

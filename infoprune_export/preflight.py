@@ -40,7 +40,7 @@ class Needs:
         graphs: Bytes of graphs and, where it is trained, of checkpoints.
         spill: Bytes of hidden states and what is kept of pass 1, gone when the network is written.
         spill_per_sample: The part of them that each calibration sample adds.
-        seconds: Of compressing and exporting; engines and validation come on top.
+        seconds: Of compressing and exporting on the CPU; engines and validation come on top.
     """
 
     memory: int
@@ -72,6 +72,7 @@ class Work:
         dtypes: Of the graphs.
         original: Whether the original's graphs are kept.
         train_steps: Whole networks are in memory where there are any.
+        on_gpu: Whether layers are computed on a GPU; networks are in its memory then, and what was trained comes back from there.
     """
 
     anatomy: Anatomy
@@ -85,6 +86,7 @@ class Work:
     original: bool
     answers: frozenset[str] = frozenset()
     train_steps: int = 0
+    on_gpu: bool = False
 
     def needs(self, flops_per_second: float) -> Needs:
         """The prediction, for a machine that multiplies matrices at a rate."""
@@ -93,8 +95,8 @@ class Work:
         inside = sum(map(_parameters, layers))
         rest = 0 if mapped else 4 * (self.parameters - inside)
         largest = max(self._layer_memory(x, mapped) for x in layers)
-        whole = 3 * 4 * self.parameters if self.train_steps else 0
         network = 4 * round(self.kept * self.parameters)
+        whole = (network if self.on_gpu else 3 * 4 * self.parameters) if self.train_steps else 0
         factors = network if self.samples else 0
         graphs = sum(BYTES[d] for d in self.dtypes) * round((self.kept + self.original) * self.parameters)
         training = 6 * 4 * self.parameters * bool(self.train_steps)

@@ -60,6 +60,7 @@ def test_float32_files_take_no_memory_of_their_own(work):
 
 def test_training_holds_whole_networks_and_exporting_alone_no_moments(work):
     assert replace(work, train_steps=100).needs(1e11).memory > 70 * 2**30
+    assert replace(work, train_steps=100, on_gpu=True).needs(1e11).memory < 10 * 2**30, "on a GPU they are in its memory"
     alone = replace(work, samples=0, kept=1.0).needs(1e11)
     assert (alone.spill, alone.seconds) == (0, 0) and alone.memory < work.needs(1e11).memory
 
@@ -99,6 +100,14 @@ def test_what_fits_is_let_through(work, monkeypatch, tmp_path):
     check(needs, work, tmp_path / "out", tmp_path)
 
 
+def test_the_time_is_the_cpus_and_said_to_be(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(ledger, "matrix_rate", lambda: 1e11)
+    monkeypatch.setattr(ledger, "check", lambda *given: None)
+    told = []
+    Ledger(replace(work, on_gpu=True), Workspace(tmp_path / "out", "k"), None, told.append)
+    assert "minutes on the CPU and less with the GPU, " in told[0]
+
+
 def test_what_an_earlier_run_wrote_is_not_needed_again(work, monkeypatch, tmp_path):
     needs = work.needs(1e11)
     monkeypatch.setattr(preflight, "memory", lambda: Memory(2**36, 2**36))
@@ -117,7 +126,7 @@ def test_a_ledger_tells_long_work_and_writes_down_what_it_took(work, monkeypatch
     for again in (False, True):
         told = []
         book = Ledger(work, space, None, told.append)
-        assert len(told) == 1 and "minutes" in told[0]
+        assert len(told) == 1 and "minutes" in told[0] and "CPU" not in told[0]
         with space, book.kept():
             book.stage("compress", lambda: (space.path / "x").write_bytes(b"\0" * 12345))
             found = book.close({"algebra": 0.0})
