@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from infoprune_export.bundle import Bundle
@@ -12,6 +14,7 @@ from infoprune_export.material import Options
 from infoprune_export.plans import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
+from infoprune_export.workspace import beside
 
 
 def to_model(recipe: Recipe, options: Options, progress: Progress | None = None) -> None:
@@ -26,13 +29,12 @@ def to_model(recipe: Recipe, options: Options, progress: Progress | None = None)
         InputError: the plan is another model's, or the output directory is in use.
     """
     require_export()
-    out = options.out
-    _check_empty(out)
-    job = Job(recipe, options, progress)
-    plan = job.factors(job.decide())
-    plan.save(out)
-    copy_processor_files(job.checkpoint.directory, out)
-    job.write_network(plan, out)
+    with Job(recipe, options, progress) as job, _in_place_when_whole(options.out) as part:
+        job.resumable = True
+        plan = job.factors(job.decide())
+        plan.save(part)
+        copy_processor_files(job.checkpoint.directory, part)
+        job.write_network(plan, part)
 
 
 def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
@@ -49,32 +51,39 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
     from infoprune_export.engines.build import add_quantised
     from infoprune_export.graph.rewrite import rewrite_graphs
 
-    _check_empty(out)
-    bundle = Bundle.open(bundle_dir)
-    if not bundle.has_original:
-        raise InputError(
-            "does not hold the original's graphs", where=bundle_dir, mend="make it with --original, or apply the plan to the model"
-        )
-    plan = read_plan_for(plan_file, bundle.manifest.source.sha256)
-    if plan.factors_sha256 is None:
-        raise InputError("has no factors", where=plan_file, mend="apply it to the model, which makes them from calibration data")
-    factors = read_factors(plan_file.with_name("factors.safetensors"), plan.factors_sha256)
-    temporary = out.absolute().with_name(f".{out.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with _in_place_when_whole(out) as part:
+        bundle = Bundle.open(bundle_dir)
+        if not bundle.has_original:
+            raise InputError(
+                "does not hold the original's graphs", where=bundle_dir, mend="make it with --original, or apply the plan to the model"
+            )
+        plan = read_plan_for(plan_file, bundle.manifest.source.sha256)
+        if plan.factors_sha256 is None:
+            raise InputError("has no factors", where=plan_file, mend="apply it to the model, which makes them from calibration data")
+        factors = read_factors(plan_file.with_name("factors.safetensors"), plan.factors_sha256)
         for dtype in bundle.manifest.dtypes:
-            rewrite_graphs(bundle.root(original=True) / "onnx", plan, factors, temporary / "onnx", dtype)
+            rewrite_graphs(bundle.root(original=True) / "onnx", plan, factors, part / "onnx", dtype)
         if bundle.manifest.weights:
-            add_quantised(temporary / "onnx", bundle.manifest.dtypes, bundle.manifest.weights.type)
+            add_quantised(part / "onnx", bundle.manifest.dtypes, bundle.manifest.weights.type)
         for name in ("plan.json", "factors.safetensors"):
-            shutil.copyfile(plan_file.with_name(name), temporary / name)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copyfile(plan_file.with_name(name), part / name)
 
 
-def _check_empty(out: Path) -> None:
+@contextmanager
+def _in_place_when_whole(out: Path) -> Iterator[Path]:
+    """A folder beside an output that takes its place at the end, or goes if anything fails.
+
+    Raises:
+        InputError: the output directory is in use.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("exists and is not empty", where=out, mend="choose another --out")
+    part = beside(out, "part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -45,3 +45,7 @@ class NotEnough(InfoPruneError):
     """Not enough memory or disk for the work, found out before it starts."""
 
     exit_code = 4
+
+
+class FullDisk(NotEnough):
+    """The disk became full while the work was under way: what is done by then stays for the next run."""

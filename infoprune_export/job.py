@@ -8,13 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from infoprune_export.bundle import write_atomically
 from infoprune_export.errors import InputError, MissingRequirement
-from infoprune_export.launched import processes
+from infoprune_export.launched import own, processes
 from infoprune_export.material import Material, Options
 from infoprune_export.plans import Plan, read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
 from infoprune_export.stopwatch import Stopwatch
+from infoprune_export.workspace import beside, side_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,12 +45,14 @@ class Job(Material):
 
     Attributes:
         scratch: Where work goes that a run which was killed goes on from; temporary when None.
+        resumable: Whether a later run of the same inputs is to go on from this one, if it is killed; a dry run leaves nothing.
         stopwatch: Where the time of compressing goes.
     """
 
     def __init__(self, recipe: Recipe, options: Options, progress: Progress | None = None):
         super().__init__(recipe, options, progress)
         self.scratch: Path | None = None
+        self.resumable = False
         self.stopwatch = Stopwatch()
         self._temporary: TemporaryDirectory[str] | None = None
 
@@ -71,20 +75,34 @@ class Job(Material):
 
     @cached_property
     def _spill(self) -> Path:
-        from infoprune_export.workspace import side_folder
-
         options = self.options
-        if options.spill is not None:
-            return self._held.enter_context(side_folder(options.spill / (options.out.name or "plan"), "spill", options.resume))
-        if self.scratch is not None:
+        if options.spill is None and self.scratch is not None:
             return self.scratch / "spill"
-        self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
-        return Path(self._temporary.name)
+        if options.spill is None and not self.resumable:
+            self._temporary = TemporaryDirectory(prefix="infoprune-", ignore_cleanup_errors=True)
+            return Path(self._temporary.name)
+        folder = side_folder(
+            *self._side(),
+            resume=options.resume,
+            key=self.key(evaluated=False),
+            also=[options.out.absolute().parent],
+            option="--spill" if options.spill else "--out",
+        )
+        return self._held.enter_context(folder)
+
+    @property
+    def spilled_elsewhere(self) -> Path | None:
+        """This run's folder in the directory that `--spill` names."""
+        return beside(*self._side()) if self.options.spill else None
+
+    def _side(self) -> tuple[Path, str]:
+        """What the folder is beside that outlives a killed run, and its name: a dry run leaves alone what a killed run has there."""
+        out, spill = self.options.out, self.options.spill
+        return spill / (out.name or "plan") if spill else out, own("spill" if self.resumable else "once")
 
     def clear_spill(self) -> None:
         """Removes what only compressing needed."""
-        for name in ("pass1", "pass2"):
-            shutil.rmtree(self._directory(name), ignore_errors=True)
+        shutil.rmtree(self._spill, ignore_errors=True)
 
     @cached_property
     def findings(self) -> Findings:
@@ -101,12 +119,26 @@ class Job(Material):
             )
 
     def decide(self) -> Plan:
-        """The plan: the one given, or the one that the criterion and the budget make."""
+        """The plan: the one given, that of the killed run that is gone on from, or the one that the criterion and the budget make.
+
+        Deciding twice can come to two plans, since times are measured and heads learned, and the factors that are there fit the first.
+        """
+        if self.options.plan:
+            return read_plan_for(self.options.plan, self.checkpoint.source.sha256)
+        if not self.resumable or self.recipe.kept == 1:
+            return self._decide()
+        decided = self._spill / "plan.json"
+        if not decided.is_file():
+            plan = self._decide()
+            decided.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(decided, plan.to_json() + "\n")
+        return Plan.read(decided)
+
+    def _decide(self) -> Plan:
+        """Decides by the criterion and the budget."""
         from infoprune_export.compress.decide import keep_everything
 
         recipe, source = self.recipe, self.checkpoint.source
-        if self.options.plan:
-            return read_plan_for(self.options.plan, source.sha256)
         common = {
             "source": source,
             "criterion": recipe.criterion,

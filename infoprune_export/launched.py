@@ -20,6 +20,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def own(name: str) -> str:
+    """A name that no other process of this launch takes; the first one's is the name itself, as it is without a launcher."""
+    return name if is_first() else f"{name}-{os.environ['RANK']}"
+
+
 def announce(directory: Path, word: Word) -> None:
     """Tells the other processes of this launch to begin, or that there is nothing for them to do."""
     if processes() > 1:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from infoprune_export.memory import read_small
 from infoprune_export.preflight import Needs, Work, check, gib, matrix_rate
 from infoprune_export.validation.report import Estimate, Resources
-from infoprune_export.workspace import Workspace
+from infoprune_export.workspace import Workspace, tree_bytes
 
 WORTH_TELLING = 120
 """Seconds from which a prediction of time is told."""
@@ -24,29 +24,30 @@ class Ledger:
 
     Args:
         work: What is to be done.
-        out: The bundle's directory.
-        spill: Where hidden states go.
+        space: Where files grow; what an earlier run wrote there needs no disk again.
+        spill: The folder elsewhere where hidden states go, if there is one; likewise.
         note: Gets a line where the work will take long.
 
     Raises:
         NotEnough: less memory or disk than the work takes.
     """
 
-    def __init__(self, work: Work, out: Path, spill: Path, note: Callable[[str], None]):
+    def __init__(self, work: Work, space: Workspace, spill: Path | None, note: Callable[[str], None]):
         self.needs: Needs = work.needs(matrix_rate())
-        check(self.needs, work, out, spill)
+        self._space, self._folders = space, [space.folder] if spill is None else [space.folder, spill]
+        written, spilled = tree_bytes(space.folder), sum(map(tree_bytes, self._folders[1:]))
+        check(self.needs, work, space.folder.parent, self._folders[-1].parent, written, spilled)
         if self.needs.seconds >= WORTH_TELLING:
-            minutes = round(self.needs.seconds / 60)
-            note(f"compressing takes about {minutes} minutes, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
-        self.spill = spill
+            minutes = f"{round(self.needs.seconds / 60)} minutes" + " on the CPU and less with the GPU" * work.on_gpu
+            note(f"compressing takes about {minutes}, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
         self._memory = self._disk = 0
-        self._seconds, self._whole = 0.0, True
-        self._folder = out
+        # A run that was killed inside a stage has done a part of it without having marked it.
+        self._seconds, self._whole = 0.0, not (space.resume and (written or spilled))
 
     @contextmanager
-    def kept(self, folder: Path) -> Iterator[None]:
-        """Looks at the memory of this process, and knows where its files grow, until the context ends."""
-        self._folder, over = folder, threading.Event()
+    def kept(self) -> Iterator[None]:
+        """Looks at the memory of this process until the context ends."""
+        over = threading.Event()
 
         def look() -> None:
             while True:
@@ -62,12 +63,12 @@ class Ledger:
         finally:
             self._stop()
 
-    def stage(self, space: Workspace, name: str, work: Callable[[], None]) -> None:
+    def stage(self, name: str, work: Callable[[], None]) -> None:
         """Runs a stage of compressing or exporting; see `Workspace.stage`."""
         begin = time.monotonic()
-        self._whole &= space.stage(name, work)
+        self._whole &= self._space.stage(name, work)
         self._seconds += time.monotonic() - begin
-        self._disk = max(self._disk, tree_bytes(self._folder))
+        self._disk = max(self._disk, sum(map(tree_bytes, self._folders)))
 
     def close(self, parts: Mapping[str, float]) -> Resources:
         """What was taken until now, beside the prediction; what a run that was gone on from took before is not known.
@@ -93,12 +94,3 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def tree_bytes(root: Path) -> int:
-    """Bytes of all files below a directory."""
-    total = 0
-    for path in root.rglob("*"):
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size * path.is_file()
-    return total

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from infoprune_export import __version__
 from infoprune_export.errors import InputError
 from infoprune_export.memory import give_back_large_blocks
 from infoprune_export.plans import Source
 from infoprune_export.progress import Progress, Silent
 from infoprune_export.recipe import DataSource, Recipe, Workload, packaged
+from infoprune_export.versions import library_versions
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +99,12 @@ class Material:
         """Weights of the right shapes, made beside the output and kept there until this job ends."""
         from infoprune_export.models.load import locate, locate_config
         from infoprune_export.models.random_weights import RandomCheckpoint
-        from infoprune_export.workspace import check_disk, side_folder
+        from infoprune_export.workspace import beside, check_disk, side_folder, tree_bytes
 
         recipe, options = self.recipe, self.options
         config, name = locate_config(recipe.model, self.base, recipe.revision, recipe.prepare)
         checkpoint = RandomCheckpoint(config, options.seed)
-        check_disk(options.out, checkpoint.bytes)
+        check_disk(options.out, checkpoint.bytes - tree_bytes(beside(options.out, "random")))
         directory = self._held.enter_context(side_folder(options.out, "random", options.resume))
         self.progress.note(f"random weights in the shapes of {name}: times and sizes mean something, answers do not")
         with self.progress.bar("random weights", checkpoint.tensors) as advance:
@@ -135,6 +139,12 @@ class Material:
     def workload(self) -> Workload:
         """The recipe's, with the model's own number of image tokens."""
         own, asked = self.anatomy.geometry.image_tokens, self.recipe.workload
+        if not asked.images and self.recipe.scope == "vision":
+            raise InputError(
+                "workload.images is 0, so the vision tower never runs",
+                where=self.recipe.origin or self.recipe.name,
+                mend="use --scope language, or a workload with images",
+            )
         if "image_tokens" in asked.model_fields_set and asked.image_tokens != own:
             raise InputError(
                 f"workload.image_tokens is {asked.image_tokens}, one image of this model takes {own}",
@@ -183,13 +193,33 @@ class Material:
             seed=self.options.seed,
         )
 
-    def data_fingerprint(self) -> list[str]:
-        """Names the contents of all data that a run reads."""
+    def key(self, evaluated: bool = True, **choices: Any) -> str:
+        """Names everything that a result depends on: the material, what else was chosen, and the libraries.
+
+        Args:
+            evaluated: Whether the result has to do with the evaluation data; the plan and its factors have not.
+            choices: What else it depends on.
+        """
+        plan = self.options.plan
+        inputs = {
+            "source": self.checkpoint.source.sha256,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "plan": hashlib.sha256(plan.read_bytes()).hexdigest() if plan else None,
+            "seed": self.options.seed,
+            "data": self.data_fingerprint(evaluated),
+            "device": self.device.type,
+            "versions": {"infoprune-export": __version__, **library_versions()},
+            **choices,
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def data_fingerprint(self, evaluated: bool = True) -> list[str]:
+        """Names the contents of all data that a run reads; those of a plan and its factors alone where nothing is `evaluated`."""
         from infoprune_export.data.vqa import fingerprint
 
         recipe = self.recipe
-        used = [*recipe.evaluation.values()]
-        if recipe.kept < 1 or recipe.train_steps or self.options.plan or not used:
+        used = [*recipe.evaluation.values()] if evaluated else []
+        if recipe.kept < 1 or recipe.train_steps or self.options.plan or (evaluated and not used):
             used += recipe.calibration
         if recipe.train_steps:
             used += [*recipe.training, *recipe.validation]

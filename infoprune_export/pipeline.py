@@ -9,8 +9,6 @@ Only this module knows the order; the wings below it do not know one another.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +26,7 @@ from infoprune_export.precision import Dtype, quantised
 from infoprune_export.preflight import Work
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import DataSource, Recipe
+from infoprune_export.versions import library_versions
 from infoprune_export.workspace import Workspace, check_output
 
 if TYPE_CHECKING:
@@ -70,26 +69,28 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
 def run(job: Job) -> tuple[Bundle, Report]:
     """Runs every stage of a job; see `export_bundle`."""
     recipe, options, progress = job.recipe, job.options, job.progress
+    job.resumable = True
     _check_targets(recipe, options)  # first: the weights may yet have to be fetched or made
     keep_original = _keeps_original(job)
     dtypes = dtypes_for(recipe)
     job.check_training()
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
-    ledger = Ledger(_work(job, dtypes, keep_original), options.out, options.spill or options.out, progress.note)
-    with Workspace(options.out, _run_key(job, keep_original), options.resume) as space, ledger.kept(space.folder):
+    space = Workspace(options.out, _run_key(job, keep_original), options.resume, [options.spill] if options.spill else [])
+    ledger = Ledger(_work(job, dtypes, keep_original), space, job.spilled_elsewhere, progress.note)
+    with space, ledger.kept():
         root = space.path
         job.scratch = space.scratch
         if recipe.train_steps:
-            ledger.stage(space, "compress", lambda: _compress(job, space.scratch))
+            ledger.stage("compress", lambda: _compress(job, space.scratch))
             job.clear_spill()
-            ledger.stage(space, "train", lambda: _train(job, space.scratch, root))
+            ledger.stage("train", lambda: _train(job, space.scratch, root))
             announce(space.scratch, "done")
         else:
-            ledger.stage(space, "compress", lambda: _compress(job, root))
+            ledger.stage("compress", lambda: _compress(job, root))
             job.clear_spill()
         plan = job.adopt(Plan.read(root / "plan.json"))
-        ledger.stage(space, "graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
+        ledger.stage("graphs", lambda: _graphs(job, root, dtypes, keep_original, progress))
         resources = ledger.close(job.stopwatch.seconds)
         space.stage("reference", lambda: _reference(job, root, progress))
         if recipe.weights:
@@ -103,7 +104,7 @@ def run(job: Job) -> tuple[Bundle, Report]:
 
 
 def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
-    from infoprune_export.compress.evidence import needs_gradients
+    from infoprune_export.compress.evidence import needs_gradients, task_needs
 
     recipe = job.recipe
     compresses = recipe.kept < 1 or job.options.plan is not None
@@ -115,9 +116,11 @@ def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
         kept=recipe.kept,
         samples=recipe.samples if compresses else 0,
         weighted=needs_gradients(recipe.criterion),
+        answers=task_needs(recipe.criterion),
         dtypes=tuple(dtypes),
         original=keep_original,
         train_steps=recipe.train_steps,
+        on_gpu=job.device.type != "cpu",
     )
 
 
@@ -273,12 +276,14 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
     if recipe.latency is not None and processes() > 1:  # each would measure, and decide, for itself
         raise InputError("--latency is decided by one process", mend="plan without a launcher, or export, which decides in the first")
     out = options.out
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {"plan.json", "factors.safetensors"}):
+    own = {"plan.json", "factors.safetensors", "factors.safetensors.part"}
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - own):
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     with Job(recipe, options, progress) as job:
+        job.resumable = True
         plan = job.make_plan()
-    if is_first():  # the processes of a launch all come to the same plan
-        plan.save(out)
+        if is_first():  # the processes of a launch all come to the same plan
+            plan.save(out)
     return plan
 
 
@@ -313,18 +318,6 @@ def dtypes_for(recipe: Recipe) -> list[Dtype]:
     return sorted({dtype_of(recipe, t) for t in recipe.targets}, key=["fp32", "fp16", "bf16"].index)
 
 
-def library_versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tensorrt", "tensorrt-rtx-cu12-bindings", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _weight_files(job: Job) -> list[Path]:
     from infoprune_export.models.load import weight_files
 
@@ -347,18 +340,5 @@ def _check_targets(recipe: Recipe, options: Options) -> None:
 
 
 def _run_key(job: Job, keep_original: bool) -> str:
-    """Names everything that the result depends on."""
-    o = job.options
-    plan = hashlib.sha256(o.plan.read_bytes()).hexdigest() if o.plan else None
-    inputs = {
-        "source": job.checkpoint.source.sha256,
-        "recipe": job.recipe.model_dump(mode="json"),
-        "plan": plan,
-        "original": keep_original,
-        "seed": o.seed,
-        "data": job.data_fingerprint(),
-        "device": job.device.type,
-        "archs": o.archs,
-        "versions": {"infoprune-export": __version__, **library_versions()},
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    """Names everything that the bundle depends on."""
+    return job.key(original=keep_original, archs=job.options.archs)

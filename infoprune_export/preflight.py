@@ -15,9 +15,10 @@ from pathlib import Path
 
 from infoprune_export.errors import NotEnough
 from infoprune_export.memory import memory
-from infoprune_export.models.anatomy import Anatomy, Layer
+from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer
 from infoprune_export.models.flops import layer_flops, tower_passes
 from infoprune_export.recipe import Dtype, Workload
+from infoprune_export.workspace import nearest
 
 BASE_BYTES = 550 * 2**20
 """Of PyTorch, transformers and Python, before a model is there (seen: 0.5 GiB)."""
@@ -39,7 +40,7 @@ class Needs:
         graphs: Bytes of graphs and, where it is trained, of checkpoints.
         spill: Bytes of hidden states and what is kept of pass 1, gone when the network is written.
         spill_per_sample: The part of them that each calibration sample adds.
-        seconds: Of compressing and exporting; engines and validation come on top.
+        seconds: Of compressing and exporting on the CPU; engines and validation come on top.
     """
 
     memory: int
@@ -67,9 +68,11 @@ class Work:
         kept: Fraction of the FLOPs.
         samples: Calibration questions; 0 where nothing is compressed.
         weighted: Whether gradients are gathered.
+        answers: What is gathered in a pass of its own, of the gradients of the reference answers: `gates`, `weights`.
         dtypes: Of the graphs.
         original: Whether the original's graphs are kept.
         train_steps: Whole networks are in memory where there are any.
+        on_gpu: Whether layers are computed on a GPU; networks are in its memory then, and what was trained comes back from there.
     """
 
     anatomy: Anatomy
@@ -81,7 +84,9 @@ class Work:
     weighted: bool
     dtypes: tuple[Dtype, ...]
     original: bool
+    answers: frozenset[str] = frozenset()
     train_steps: int = 0
+    on_gpu: bool = False
 
     def needs(self, flops_per_second: float) -> Needs:
         """The prediction, for a machine that multiplies matrices at a rate."""
@@ -90,16 +95,22 @@ class Work:
         inside = sum(map(_parameters, layers))
         rest = 0 if mapped else 4 * (self.parameters - inside)
         largest = max(self._layer_memory(x, mapped) for x in layers)
-        whole = 3 * 4 * self.parameters if self.train_steps else 0
         network = 4 * round(self.kept * self.parameters)
+        whole = (network if self.on_gpu else 3 * 4 * self.parameters) if self.train_steps else 0
         factors = network if self.samples else 0
         graphs = sum(BYTES[d] for d in self.dtypes) * round((self.kept + self.original) * self.parameters)
         training = 6 * 4 * self.parameters * bool(self.train_steps)
-        per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self.weighted / 8) for x in layers)
+        per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self._backwards / 8) for x in layers)
         kept_moments = sum(8 * n**2 for x in layers for n in _ffn_widths(x)) * self.weighted
-        spill = round(self.samples * per_sample) + (kept_moments + factors if self.samples else 0)
+        gradients = sum(4 * _attention_parameters(x) for x in layers) * ("weights" in self.answers)
+        spill = round(self.samples * per_sample) + (kept_moments + gradients + factors if self.samples else 0)
         seconds = sum(map(self._layer_flops, layers)) / flops_per_second if self.samples else 0.0
         return Needs(max(BASE_BYTES + rest + largest, whole), network + factors, graphs + training, spill, round(per_sample), seconds)
+
+    @property
+    def _backwards(self) -> bool:
+        """Whether gradients go back through the layers, for which all hidden states wait on disk."""
+        return self.weighted or bool(self.answers)
 
     def _tokens(self, layer: Layer) -> int:
         """Of one calibration sample."""
@@ -111,7 +122,7 @@ class Work:
         biggest = max((m.d_in * m.d_out for m in layer.ffn.matrices.values()), default=0)
         if not self.samples:
             return weights + 8 * biggest
-        per_token = 4 * TOKEN_FLOATS * (o.d_out + layer.ffn.down.d_in / 3) if self.weighted else 8 * layer.ffn.down.d_in
+        per_token = 4 * TOKEN_FLOATS * (o.d_out + layer.ffn.down.d_in / 3) if self._backwards else 8 * layer.ffn.down.d_in
         tokens = max(self._tokens(layer), min(BATCH_TOKENS, self.samples * self._tokens(layer)))
         moments = 8 * (o.d_in**2 + o.d_out**2 * self.weighted + sum(n**2 for n in widths) * (1 + self.weighted))
         widest = max([o.d_in, o.d_out, *widths])
@@ -123,12 +134,16 @@ class Work:
         forward = self.samples * layer_flops(layer, None, towers[layer.tower])
         squares = o.d_in**2 + o.d_out**2 + 2 * sum(n**2 for n in widths)
         moments = 2 * self.samples * self._tokens(layer) * squares
-        return forward * (1 + 2 * self.weighted + 2) + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
+        passes = 1 + 2 * self.weighted + 3 * bool(self.answers) + 2
+        return passes * forward + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
 
 
 def _parameters(layer: Layer) -> int:
-    maps = [getattr(layer.attention, role) for role in "qkvo"] + list(layer.ffn.matrices.values())
-    return sum(m.d_in * m.d_out for m in maps)
+    return _attention_parameters(layer) + sum(m.d_in * m.d_out for m in layer.ffn.matrices.values())
+
+
+def _attention_parameters(layer: Layer) -> int:
+    return sum(m.d_in * m.d_out for m in (getattr(layer.attention, role) for role in ATTENTION_ROLES))
 
 
 def _ffn_widths(layer: Layer) -> list[int]:
@@ -147,7 +162,7 @@ def matrix_rate(columns: int = 1536, rounds: int = 4) -> float:
     return 2 * columns**3 / best
 
 
-def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
+def check(needs: Needs, work: Work, out: Path, spill: Path, written: int = 0, spilled: int = 0) -> None:
     """Stops before work that would not fit, and says what would.
 
     Args:
@@ -155,6 +170,8 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
         work: What it was made of.
         out: The bundle's directory.
         spill: Where hidden states go.
+        written: Bytes that an earlier run, which this one goes on from, wrote to the one.
+        spilled: Those that it wrote to the other, where that is apart.
 
     Raises:
         NotEnough: memory or disk.
@@ -166,28 +183,22 @@ def check(needs: Needs, work: Work, out: Path, spill: Path) -> None:
             mend="use a machine with more memory"
             + (", or leave --train-steps out: training holds whole networks" if work.train_steps else ""),
         )
-    apart = os.stat(_nearest(out)).st_dev != os.stat(_nearest(spill)).st_dev
-    places = {_nearest(out): needs.network + needs.graphs, _nearest(spill): needs.spill} if apart else {_nearest(out): needs.disk}
-    for place, needed in places.items():
-        if needed <= (free := shutil.disk_usage(place).free):
+    apart = os.stat(nearest(out)).st_dev != os.stat(nearest(spill)).st_dev
+    both = {nearest(out): (needs.network + needs.graphs, written), nearest(spill): (needs.spill, spilled)}
+    for place, (needed, there) in (both if apart else {nearest(out): (needs.disk, written + spilled)}).items():
+        if needed <= (free := shutil.disk_usage(place).free + there):
             continue
         mends = []
-        if place == _nearest(spill if apart else out) and needs.spill > needs.graphs:
+        if place == nearest(spill if apart else out) and needs.spill > needs.graphs:
             fitting = work.samples - -(-(needed - free) // needs.spill_per_sample)
             mends += [f"--samples {fitting}"] * (fitting > 0)
             mends += [f"--spill DIR on another disk, for {gib(needs.spill)} of it"]
         mends += ["--no-original"] * work.original + ["another --out"]
         raise NotEnough(
-            f"this run takes about {gib(needed)} of disk, {gib(free)} are free",
+            f"this run takes about {gib(needed)} of disk, {gib(free)} are free" + " or hold what an earlier run wrote" * bool(there),
             where=place,
             mend=f"make space, or use {', or '.join(mends)}",
         )
-
-
-def _nearest(path: Path) -> Path:
-    """The nearest directory of a path that exists."""
-    path = path.absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def gib(n: float) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from infoprune_export.errors import InputError
-from infoprune_export.recipe import DataSource, Recipe, near, packaged, read
+from infoprune_export.recipe import DataSource, Recipe, first_problem, near, packaged, read
 
 
 def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lambda line: None) -> Recipe:
@@ -19,7 +21,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         warn: Gets a line where a default is not what one would choose.
 
     Raises:
-        InputError: nothing of that name (near names are suggested), or two budgets.
+        InputError: nothing of that name (near names are suggested), two budgets, or a field that cannot be so.
     """
     random = given.get("random_weights", False)
     if random:
@@ -54,7 +56,12 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         changes["calibration"] = [DataSource(path=str(given["calibration"].absolute()))]
     if random:  # synthetic data stand in for all of the recipe's, and nothing can be learned from them
         changes |= {"calibration": [], "training": [], "validation": [], "evaluation": {}, "train_steps": 0, "max_drop": None}
-    origin, recipe = recipe.origin, recipe.model_copy(update=changes)
+    origin = recipe.origin
+    try:
+        # What was not set stays so: a workload that names no image tokens gets the model's own.
+        recipe = Recipe.model_validate({**recipe.model_dump(exclude_unset=True), **changes})
+    except ValidationError as e:
+        raise InputError(first_problem(e)) from None
     recipe._origin = origin
     return recipe
 

@@ -102,7 +102,10 @@ def write_tensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, np.nd
     """Writes a file one tensor at a time; it stands at its path only when it is whole. See `encoded`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        for piece in encoded(shapes, tensors):
-            f.write(piece)
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            for piece in encoded(shapes, tensors):
+                f.write(piece)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -10,14 +10,14 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from infoprune_export.bundle import MANIFEST
-from infoprune_export.errors import InfoPruneError, InputError, NotEnough
+from infoprune_export.errors import FullDisk, InfoPruneError, InputError, NotEnough
 
 
 class Workspace:
@@ -32,19 +32,19 @@ class Workspace:
         out: The bundle's directory.
         key: Names the run's inputs; another key never resumes this one's work.
         resume: Go on where an earlier run with the same key stopped.
+        also: Other directories that the run writes below.
 
     Raises:
         InputError: `out` is something else than a bundle or cannot be written, or another run is writing it.
     """
 
-    def __init__(self, out: Path, key: str, resume: bool = True):
+    def __init__(self, out: Path, key: str, resume: bool = True, also: Sequence[Path] = ()):
         check_output(out)
         self.out = out.absolute()
-        self.key, self.resume = key, resume
-        self.folder = self.out.with_name(f".{self.out.name}.work-{key[:16]}")
+        self.key, self.resume, self.also = key, resume, also
+        self.folder = beside(out, f"work-{key[:16]}")
         self.path, self.scratch, self._stages = (self.folder / name for name in ("bundle", "scratch", "stages"))
-        self._old = self.out.with_name(f".{self.out.name}.old")
-        self._lock_path = self.out.with_name(f".{self.out.name}.lock")
+        self._old, self._lock_path = beside(out, "old"), beside(out, "lock")
         self._lock: IO[str] | None = None
         self._made: list[Path] = []
 
@@ -77,12 +77,8 @@ class Workspace:
             self._lock.close()
         if refused:
             _remove_empty(self._made)
-        if error is not None and is_full_disk(error):
-            raise NotEnough(
-                "the disk is full, or a file may not grow further",
-                where=self.out.parent,
-                mend="make space and run the same command again: it goes on from here",
-            ) from error
+        if full := full_disk(error, self.out.parent, *self.also):
+            raise full from error
 
     def stage(self, name: str, work: Callable[[], None]) -> bool:
         """Runs a stage unless an earlier run has finished it.
@@ -132,10 +128,15 @@ def check_output(out: Path) -> None:
         raise InputError("exists and is not a bundle; it is never overwritten", where=out, mend="choose another --out")
     if out.exists() and not out.is_dir():
         raise InputError("is a file", where=out, mend="choose another --out")
-    parent = next(p for p in out.absolute().parents if p.exists())
+    _check_writable(out.absolute().parent)
+
+
+def _check_writable(directory: Path, option: str = "--out") -> None:
+    """Refuses a directory, there or to be made, in which nothing can be made."""
+    parent = nearest(directory)
     read_only = parent.is_dir() and os.statvfs(parent).f_blocks == 0  # file systems without blocks, such as /proc, hold no files
     if not parent.is_dir() or read_only or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError("cannot be written", where=parent, mend="choose another --out")
+        raise InputError("cannot be written", where=parent, mend=f"choose another {option}")
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -144,7 +145,7 @@ def check_disk(out: Path, needed: int) -> None:
     Raises:
         NotEnough: fewer free bytes than needed on the disk of `out`.
     """
-    parent = next(p for p in out.absolute().parents if p.exists())
+    parent = nearest(out.absolute().parent)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise NotEnough(
@@ -154,43 +155,73 @@ def check_disk(out: Path, needed: int) -> None:
         )
 
 
+def beside(out: Path, name: str) -> Path:
+    """A hidden path next to an output."""
+    out = out.absolute()
+    return out.with_name(f".{out.name}.{name}")
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files below a directory; 0 where there is none."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size * path.is_file()
+    return total
+
+
 @contextmanager
-def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
+def side_folder(
+    out: Path,
+    name: str,
+    resume: bool = True,
+    key: str | None = None,
+    also: Sequence[Path] = (),
+    option: str = "--out",
+) -> Iterator[Path]:
     """A locked folder beside an output, for what a run makes and does not keep.
 
-    It is removed at the end, and when the run is refused; a killed or interrupted run leaves it to the same command.
+    It is removed at the end, and when the run is refused; a run that was killed, interrupted or out of disk leaves it to the same command.
 
     Args:
         out: The run's output.
         name: What the folder is for.
         resume: Take over what an earlier run left in it.
+        key: Names what its contents depend on; those of another key are removed. None: whoever uses it looks after that.
+        also: Other directories that the run writes below.
+        option: Of the command line, which says where it is.
 
     Raises:
         InputError: another run has it, or it cannot be made.
-        NotEnough: the disk is full.
+        FullDisk: what was made is kept.
     """
-    check_output(out)
     out = out.absolute()
-    folder, lock_path = (out.with_name(f".{out.name}.{name}{suffix}") for suffix in ("", ".lock"))
+    _check_writable(out.parent, option)
+    folder, lock_path = beside(out, name), beside(out, f"{name}.lock")
     made = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(lock_path, out)
     except OSError as e:
-        raise InputError(f"cannot be written ({e.strerror})", where=out.parent, mend="choose another --out") from None
+        raise InputError(f"cannot be written ({e.strerror})", where=out.parent, mend=f"choose another {option}") from None
     done = False
     try:
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
+        if key is not None and not (folder / key).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / key).touch()
         yield folder
         done = True
+    except FullDisk:
+        raise
     except InfoPruneError:
         done = True
         raise
     except Exception as e:
-        if is_full_disk(e):
-            done = True
-            raise NotEnough("the disk is full, or a file may not grow further", where=out.parent, mend="make space and run it again") from e
+        if full := full_disk(e, out.parent, *also):
+            raise full from e
         raise
     finally:
         if done:
@@ -202,6 +233,7 @@ def side_folder(out: Path, name: str, resume: bool = True) -> Iterator[Path]:
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GOES_ON = "make space and run the same command again: it goes on from here"
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -209,6 +241,30 @@ def is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     return any(f"os error {code})" in str(error) or os.strerror(code) in str(error) for code in FULL_DISK)
+
+
+def full_disk(error: BaseException | None, *places: Path, mend: str = GOES_ON) -> FullDisk | None:
+    """What a user is told of an error that is the disk's; None of any other.
+
+    Args:
+        error: Raised while files were written.
+        places: Directories that were written below; the one with the least space is named where the error names no file.
+        mend: What to do about it.
+    """
+    if error is None or isinstance(error, InfoPruneError) or not is_full_disk(error):
+        return None
+    fullest = min(map(nearest, places), key=lambda p: shutil.disk_usage(p).free, default=None)
+    return FullDisk(
+        "the disk is full, or a file may not grow further",
+        where=getattr(error, "filename", None) or fullest,
+        mend=mend,
+    )
+
+
+def nearest(path: Path) -> Path:
+    """A path, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _lock(path: Path, out: Path) -> IO[str]:

@@ -37,3 +37,16 @@ def test_a_model_without_a_plan_is_not_exported(small_model, tmp_path):
 def test_what_is_no_bundle_is_not_loaded(tmp_path):
     with pytest.raises(InputError, match="holds no compressed model"):
         ip.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"flops": 60}, "flops: Input should be less than or equal to 1"),
+        ({"scope": "visual"}, "scope: Input should be"),
+        ({"samples": 0}, "samples: "),
+    ],
+)
+def test_arguments_are_checked_as_options_are(given, said):
+    with pytest.raises(InputError, match=said):
+        ip.plan("tiny-llava", **given)

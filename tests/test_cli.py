@@ -1,5 +1,6 @@
 """The command line before any heavy work: help, speed of light, and bad input refused in a line or two."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -141,3 +142,45 @@ def test_dry_run_writes_nothing(run, small_model, tmp_path):
     plan = json.loads(run(small_model, "--flops", "0.7", "--samples", "8", "--dry-run", "--json", cwd=tmp_path).stdout)
     assert 0.69 < plan["budget"]["predicted"] <= 0.7
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["tiny-llava"], "error: interrupted; the same command goes on from here\n"),
+        (["export", "tiny-llava"], "error: interrupted; the same command goes on from here\n"),
+        (["plan", "tiny-llava"], "error: interrupted; the same command goes on from here\n"),
+        (["tiny-llava", "--dry-run"], "error: interrupted\n"),
+        (["bench", "build/x"], "error: interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(args, said, monkeypatch, capsys):
+    from infoprune_export.cli import entry
+
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry.cli, "main", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        entry.main([*args, "-v"])  # else warnings and logging would be off for the tests that follow
+    assert ended.value.code == 130 and capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: the disk is full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    ],
+)
+def test_a_full_disk_is_told_by_every_verb(error, said, monkeypatch, capsys):
+    from infoprune_export.cli import entry
+
+    def fill(*given, **named):
+        raise error
+
+    monkeypatch.setattr(entry.cli, "main", fill)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["build", "x", "-v"])
+    assert ended.value.code == 4
+    assert capsys.readouterr().err == f"error: {said}, or a file may not grow further\nmake space and run the same command again\n"

@@ -1,12 +1,17 @@
 """What a job makes of its data before any of it reaches the model."""
 
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from infoprune_export.application import to_model
+from infoprune_export.compress.decide import keep_everything
 from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job
 from infoprune_export.material import Options
+from infoprune_export.pipeline import write_plan
 from infoprune_export.recipe import DataSource
 from infoprune_export.resolution import resolve
 
@@ -84,3 +89,108 @@ def test_only_data_that_are_read_have_to_be_there(tmp_path):
         job.recipe = job.recipe.model_copy(update=update)
         with pytest.raises(InputError, match="does not exist"):
             job.data_fingerprint()
+
+
+def _killed(tmp_path, seed, resumable=True):
+    """Whether a run that is killed found what an earlier one had left."""
+    options = Options(out=tmp_path / "out", spill=tmp_path / "spill", seed=seed, device="cpu")
+    with suppress(KeyboardInterrupt), Job(resolve("tiny-llava", {}), options) as job:
+        job.resumable = resumable
+        found = (left := job.survey.directory / "left").exists()
+        left.mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+    return found
+
+
+def test_only_a_run_of_the_same_inputs_takes_over_what_a_killed_one_spilled(tmp_path):
+    assert [_killed(tmp_path, seed) for seed in (0, 0, 1)] == [False, True, False]
+
+
+def test_a_dry_run_leaves_alone_what_a_killed_run_spilled(tmp_path):
+    _killed(tmp_path, 0)
+    options = Options(out=tmp_path / "out", spill=tmp_path / "spill", device="cpu")
+    with Job(resolve("tiny-llava", {}), options) as job:
+        assert not job.survey.directory.exists()
+    assert _killed(tmp_path, 0)
+
+
+def test_evaluation_data_have_nothing_to_do_with_a_plan(tmp_path):
+    job = Job(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
+    before = job.key(), job.key(evaluated=False)
+    assert job.key() != job.key(original=True)
+    job.recipe = job.recipe.model_copy(update={"evaluation": {}})
+    assert len({*before, job.key()}) == 3
+    absent = {"vqa": DataSource(path=str(tmp_path / "absent"))}
+    job.recipe = job.recipe.model_copy(update={"evaluation": absent})
+    job.key(evaluated=False)
+    with pytest.raises(InputError, match="does not exist"):
+        job.key()
+
+
+def test_a_run_that_is_gone_on_from_keeps_its_plan(tmp_path, monkeypatch):
+    decided = []
+
+    def decide(job, **choices):
+        decided.append(len(decided))
+        return keep_everything(job.anatomy, **choices).model_copy(update={"seed": decided[-1]})
+
+    monkeypatch.setattr(Job, "_within_budget", decide)
+
+    def plan(resumable=True):
+        job = Job(resolve("tiny-llava", {"flops": 0.5}), Options(out=tmp_path / "out", device="cpu"))
+        job.scratch, job.resumable = tmp_path / "scratch", resumable
+        return job, job.decide()
+
+    assert [plan()[1].seed for _ in range(2)] == [0, 0]
+    job, _ = plan()
+    job.clear_spill()
+    assert plan()[1].seed == 1
+    assert [plan(resumable=False)[1].seed for _ in range(2)] == [2, 3]
+
+
+def test_a_vision_tower_that_never_runs_cannot_be_what_is_cut(tmp_path):
+    recipe = resolve("tiny-llava", {"scope": "vision"})
+    recipe = recipe.model_copy(update={"workload": recipe.workload.model_copy(update={"images": 0})})
+    with pytest.raises(InputError, match=r"workload\.images is 0") as refused:
+        _ = Job(recipe, Options(out=tmp_path / "out", device="cpu")).workload
+    assert "--scope language" in refused.value.mend
+
+
+def test_a_workload_that_names_no_image_tokens_gets_the_models_own(tmp_path):
+    assert Job(resolve("tiny-llava", {"flops": 0.5}), Options(out=tmp_path / "out", device="cpu")).workload.image_tokens == 64
+
+
+@pytest.mark.parametrize("verb", [write_plan, to_model])
+def test_plan_and_apply_spill_beside_their_output_and_go_on_from_there(verb, tmp_path, monkeypatch):
+    seen = []
+
+    def killed(job):
+        seen.append(job.survey.directory)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "decide", killed)
+    with pytest.raises(KeyboardInterrupt):
+        verb(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
+    assert seen == [tmp_path / ".out.spill" / "pass1"] and seen[0].parent.is_dir()
+
+
+def test_the_processes_of_a_launch_spill_apart_and_beside_whatever_is_there(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()  # the model itself, say
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with ExitStack() as jobs:
+        found = set()
+        for rank in range(2):
+            monkeypatch.setenv("RANK", str(rank))
+            job = Job(resolve("tiny-llava", {}), Options(out=tmp_path / "build" / "out", spill=tmp_path, device="cpu"))
+            found.add(jobs.enter_context(job).survey.directory)
+    assert len(found) == 2
+
+
+def test_a_spill_that_cannot_be_written_is_named(tmp_path):
+    with (
+        pytest.raises(InputError, match="cannot be written") as refused,
+        Job(resolve("tiny-llava", {}), Options(out=tmp_path / "out", spill=Path("/proc/nowhere"), device="cpu")) as job,
+    ):
+        _ = job.survey
+    assert refused.value.mend == "choose another --spill"

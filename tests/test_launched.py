@@ -40,3 +40,9 @@ def test_what_an_earlier_launch_left_is_not_meant_for_this_one(launch, tmp_path,
     timer.start()
     assert launched.wait(tmp_path) == "train"
     timer.join()
+
+
+def test_names_of_the_processes_of_a_launch(launch, monkeypatch):
+    assert launched.own("spill") == "spill-1"
+    monkeypatch.setenv("RANK", "0")
+    assert launched.own("spill") == "spill"

@@ -241,6 +241,14 @@ def test_an_edited_plan_gets_new_factors(run, bundle, small_model, tmp_path):
     assert ip.load(tmp_path / "out").get_submodule("model.language_model.layers.1.mlp.gate_proj").first.out_features == 16
 
 
+def test_a_plan_that_was_killed_while_it_was_written_is_made_again(run, small_model, tmp_path):
+    (tmp_path / "factors.safetensors.part").touch()
+    run("plan", small_model, "--flops", "1", "--out", tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"plan.json", "factors.safetensors"}
+    (tmp_path / "thesis.tex").touch()
+    assert "holds something else than a plan" in run("plan", small_model, "--flops", "1", "--out", tmp_path, code=2).stderr
+
+
 def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(small_model, tmp_path):
     import resource
 

@@ -7,10 +7,17 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
+
+from infoprune_export.errors import NotEnough
+from infoprune_export.job import Job
+from infoprune_export.material import Options
+from infoprune_export.resolution import resolve
 
 ROOT = Path(__file__).parent.parent
 WHY = "the weights are random and have no accuracy"
@@ -112,6 +119,20 @@ def test_weights_that_do_not_fit_the_disk_are_refused_before_they_are_made(run, 
     (tmp_path / "huge" / "config.json").write_text(json.dumps(config))
     assert "of disk" in run(tmp_path / "huge", "--random-weights", "--out", tmp_path / "out", code=4).stderr
     assert [p.name for p in tmp_path.iterdir()] == ["huge"]
+
+
+def test_weights_that_are_there_need_no_disk_again(shapes, tmp_path, monkeypatch):
+    def made(out):
+        with suppress(KeyboardInterrupt), Job(recipe, Options(out=out, random_weights=True, device="cpu")) as job:
+            _ = job.checkpoint
+            raise KeyboardInterrupt
+
+    recipe = resolve(str(shapes), {"random_weights": True})
+    made(tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    made(tmp_path / "out")
+    with pytest.raises(NotEnough, match="of disk"):
+        made(tmp_path / "other")
 
 
 def test_kill_9_then_the_same_command_goes_on(run, shapes, tmp_path):

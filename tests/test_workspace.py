@@ -2,11 +2,14 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,6 +149,14 @@ def test_a_refused_run_leaves_nothing_and_an_interrupted_one_its_work(tmp_path):
         assert not folder.exists()
 
 
+def test_what_was_made_of_other_inputs_is_removed(tmp_path):
+    for key, found in (("a", False), ("a", True), ("b", False), ("a", False)):
+        with pytest.raises(KeyboardInterrupt), side_folder(tmp_path / "out", "spill", key=key) as folder:
+            assert (folder / "x").exists() is found
+            (folder / "x").touch()
+            raise KeyboardInterrupt
+
+
 def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
     with side_folder(tmp_path / "out", "random") as folder:
         folder.mkdir()
@@ -154,8 +165,36 @@ def test_a_folder_beside_an_output_is_one_runs_at_a_time(tmp_path):
         assert folder.exists()
 
 
-def test_a_disk_that_fills_while_the_folder_is_written(tmp_path):
+def test_a_folder_may_stand_beside_anything(tmp_path):
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").touch()
+    with side_folder(tmp_path / "plan", "spill", key="k") as folder:
+        assert folder.is_dir()
+    assert [p.name for p in tmp_path.iterdir()] == ["plan"]
+    with pytest.raises(InputError, match="cannot be written"), side_folder(Path("/proc/nowhere/plan"), "spill"):
+        pass
+
+
+def test_a_full_disk_leaves_the_folder_to_the_same_command(tmp_path):
     with pytest.raises(NotEnough, match="disk is full"), side_folder(tmp_path / "out", "random") as folder:
         folder.mkdir()
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
+    assert folder.exists()
+
+
+def test_a_disk_that_fills_in_a_work_folder_leaves_the_folder_elsewhere(tmp_path):
+    spilled, space = side_folder(tmp_path / "spill" / "out", "spill"), Workspace(tmp_path / "out", "k")
+    with pytest.raises(NotEnough, match="disk is full"), spilled as folder, space:
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert folder.exists()
+
+
+def test_the_path_that_is_full_is_named(tmp_path, monkeypatch):
+    (tmp_path / "small").mkdir()
+    free = lambda path: 10**9 * ("small" not in path.parts)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free(path)))
+    for named, where in ((None, tmp_path / "small"), (str(tmp_path / "x"), tmp_path / "x")):
+        with pytest.raises(NotEnough) as e, Workspace(tmp_path / "out", "k", also=[tmp_path / "small" / "spill"]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
+        assert str(e.value).startswith(f"{where}: the disk is full")

@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     from sections import Sections
 
     from infoprune_export.engines.machine import machine_report
-    from infoprune_export.pipeline import library_versions
+    from infoprune_export.versions import library_versions
 
     work = ROOT / "build" / "scale" / "work"
     work.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     from speed import bundles, capacity, exports, frameworks, genai, slices, weights
 
     from infoprune_export.engines.machine import machine_report
-    from infoprune_export.pipeline import library_versions
+    from infoprune_export.versions import library_versions
 
     work = ROOT / "build" / "speed" / "work"
     shutil.rmtree(work, ignore_errors=True)

@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     from infoprune_export.engines import flavours
     from infoprune_export.engines.machine import machine_report
     from infoprune_export.errors import InfoPruneError
-    from infoprune_export.pipeline import library_versions
+    from infoprune_export.versions import library_versions
 
     try:
         device = find_device(args.device)

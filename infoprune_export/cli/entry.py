@@ -41,12 +41,16 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as e:
         _fail(e.format_message(), 2, verbosity)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; the same command goes on from here", 130, 0)
+        _fail("interrupted" + "; the same command goes on from here" * _resumes(args), 130, 0)
     except BrokenPipeError:
         sys.exit(0)
     except MemoryError:
         _fail("out of memory\nuse a machine with more memory, or fewer --samples", 4, verbosity)
     except Exception as e:
+        from infoprune_export.workspace import full_disk
+
+        if full := full_disk(e, mend="make space and run the same command again"):
+            _fail(str(full), full.exit_code, verbosity)
         if type(e).__name__ == "OutOfMemoryError":  # PyTorch's, which this module does not import
             _fail("out of memory on the GPU\nuse --device cpu, or a GPU with more memory", 4, verbosity)
         _fail(
@@ -54,6 +58,12 @@ def main(args: list[str] | None = None) -> None:
             70,
             verbosity,
         )
+
+
+def _resumes(args: list[str]) -> bool:
+    """Whether a command goes on where it was interrupted; `export` may be left out."""
+    verb = args[0] if args and args[0] in cli.commands else "export"
+    return verb in ("export", "plan") and "--dry-run" not in args
 
 
 def _fail(message: str, code: int, verbosity: int) -> None:

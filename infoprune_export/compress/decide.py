@@ -63,7 +63,7 @@ def decide(
     Raises:
         InputError: the budget is below what can be reached, or the calibration data say nothing about a tower.
     """
-    cut = [x for x in anatomy.layers() if scope in ("all", x.tower)]
+    cut = layers_to_cut(anatomy, workload, scope)
     _check_seen(cut, findings, criterion)
     prices = Flops(anatomy, workload) if table is None else Nanoseconds(table)
     units = units_of(findings, cut, criterion, prices)
@@ -157,6 +157,12 @@ def _ranks(
                 )
             )
     return ranks
+
+
+def layers_to_cut(anatomy: Anatomy, workload: Workload, scope: Scope) -> list[Layer]:
+    """The layers of a scope; not those of a tower that the workload never runs, as without images: cutting it would save nothing."""
+    towers = tower_passes(anatomy, workload)
+    return [x for x in anatomy.layers() if scope in ("all", x.tower) and towers[x.tower].tokens]
 
 
 def least_units(cut: list[Layer], criterion: Criterion) -> dict[LayerKey, int]:

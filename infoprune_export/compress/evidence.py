@@ -7,6 +7,7 @@ pass of its own, and only what is asked for; its size does not depend on the num
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from infoprune_export.compress.scores import HEAD_RULES
+from infoprune_export.compress.scores import HEAD_RULES, Need
 from infoprune_export.compress.statistics import Batch, Statistics, gather
 from infoprune_export.compress.walk import Walk
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, site
 from infoprune_export.recipe import Criterion
+from infoprune_export.tensors import TensorFile, described, write_tensors
 
 
 @dataclass
@@ -40,7 +42,12 @@ class TaskGradients:
 
 def passes(criterion: Criterion) -> int:
     """How often the calibration data go through the original in pass 1."""
-    return 1 + bool(HEAD_RULES[criterion.heads].needs & {"gates", "weights"})
+    return 1 + bool(task_needs(criterion))
+
+
+def task_needs(criterion: Criterion) -> frozenset[Need]:
+    """What a criterion asks of the gradients of the reference answers: `gates`, `weights` or nothing."""
+    return HEAD_RULES[criterion.heads].needs & {"gates", "weights"}
 
 
 def needs_gradients(criterion: Criterion) -> bool:
@@ -68,18 +75,25 @@ def gather_for(
         batches: In a fixed order.
         seed: For drawing labels.
         progress: Called when a layer is done, which happens `passes(criterion)` times.
-        finish, directory: As for `statistics.gather`; gradients of the reference answers are gathered before.
+        finish: As for `statistics.gather`; gradients of the reference answers are gathered before.
+        directory: Likewise.
     """
-    needs = HEAD_RULES[criterion.heads].needs
-    weighted = needs_gradients(criterion)
-    task = None
-    if needs & {"gates", "weights"}:
-        task = gather_task(model, anatomy, batches, gates="gates" in needs, weights="weights" in needs, progress=progress)
+    needs, task = task_needs(criterion), None
+    if needs:
+        task = gather_task(
+            model,
+            anatomy,
+            batches,
+            gates="gates" in needs,
+            weights="weights" in needs,
+            progress=progress,
+            directory=directory and directory / "task",
+        )
     return gather(
         model,
         anatomy,
         batches,
-        weighted=weighted,
+        weighted=needs_gradients(criterion),
         scales=criterion.weighting == "asvd",
         text_share=criterion.text_share,
         temperature=criterion.temperature,
@@ -99,6 +113,7 @@ def gather_task(
     gates: bool = False,
     weights: bool = False,
     progress: Callable[[Layer], None] = lambda layer: None,
+    directory: Path | None = None,
 ) -> TaskGradients:
     """Gathers gradients of the reference answers' loss.
 
@@ -109,13 +124,33 @@ def gather_task(
         gates: What a unit's gate does to the loss, sample by sample.
         weights: The gradient of the attention's weights.
         progress: Called when a layer is done.
+        directory: For hidden states and the gradients of every layer as they are gathered: an earlier run that was killed is gone on
+            from. Temporary, with all gradients in memory, when None.
 
     Raises:
         InputError: the loss has no finite gradient other than zero.
     """
     found, samples = TaskGradients(), _Samples()
     watch = lambda layer: _hooks(model, layer, found, samples, gates, weights)
-    Walk(model, anatomy, list(batches), watch, start=samples.start, advance=progress).forward_and_back(task_loss)
+
+    def keep(layer: Layer) -> None:
+        if directory:
+            _keep(layer, found, directory)
+
+    # A file holds all that its layer gives, though its turn may have been cut short after it.
+    if directory and all(_file(directory, layer).is_file() for layer in anatomy.layers()):
+        for layer in anatomy.layers():
+            progress(layer)
+    else:
+        states = directory and directory / "states"
+        walk = Walk(model, anatomy, list(batches), watch, start=samples.start, finish=keep, advance=progress, directory=states)
+        walk.forward_and_back(task_loss)
+    if directory:
+        shutil.rmtree(directory / "states", ignore_errors=True)
+        for layer in anatomy.layers():
+            for name, array in TensorFile(_file(directory, layer)).items():
+                kind, _, key = name.partition("/")
+                getattr(found, kind)[key] = torch.from_numpy(array)
     gathered = [*found.gates.items(), *found.weights.items()]
     for key, value in gathered:
         if not torch.isfinite(value).all():
@@ -129,6 +164,19 @@ def gather_task(
             mend="use data that the model does not answer with certainty, or criterion.heads: ks in the recipe",
         )
     return found
+
+
+def _file(directory: Path, layer: Layer) -> Path:
+    return directory / f"{layer.tower}.{layer.index}.safetensors"
+
+
+def _keep(layer: Layer, found: TaskGradients, directory: Path) -> None:
+    """Moves what was found of a layer to its file."""
+    keys = [site(layer.tower, layer.index, role) for role in ATTENTION_ROLES]
+    moved = {f"gates/{k}": found.gates.pop(k) for k in keys if k in found.gates}
+    moved |= {f"weights/{k}": found.weights.pop(k) for k in keys if k in found.weights}
+    arrays = {name: tensor.numpy() for name, tensor in moved.items()}
+    write_tensors(_file(directory, layer), described(arrays), arrays.items())
 
 
 def task_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from infoprune_export.compress.heads import fold_mean, refit_output
 from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, seen_before, weighting
 from infoprune_export.compress.moments import Moments, TokenWeights
 from infoprune_export.compress.spill import Spill
-from infoprune_export.compress.statistics import Batch, Statistics, at_input, observer
+from infoprune_export.compress.statistics import Batch, Statistics, at_input, check_finite, observer
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.compress.walk import Reached, Stage
 from infoprune_export.models.anatomy import Layer, site
@@ -192,6 +192,7 @@ class _Prefix:
         """Moments of a layer's head outputs, which are its output projection's inputs."""
         o, moments = layer.attention.o, Moments.zeros(layer.attention.o.d_in)
         self._watch(layer, o.path, lambda module, args, y: moments.add(args[0], self.tokens.of(layer.tower)))
+        check_finite(site(layer.tower, layer.index, "o"), moments)
         return moments
 
     def feed_forward(self, model: nn.Module, layer: Layer, role: str, rule: WeightingName) -> Observed:
@@ -199,6 +200,7 @@ class _Prefix:
         linear = layer.ffn.matrices[role]
         if (seen := nothing_seen(rule, linear)) is not None:
             self._watch(layer, linear.path, observer(linear, seen, layer.tower, self.tokens))
+            check_finite(site(layer.tower, layer.index, role), seen)
         return seen
 
     def advance(self, layer: Layer, module: nn.Module) -> None:

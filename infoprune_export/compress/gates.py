@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from infoprune_export.compress.allocate import LayerKey, UnitChoice, allocate, by_layer
 from infoprune_export.compress.concrete import Gates, draw, open_probability, settled
-from infoprune_export.compress.decide import least_units, units_of
+from infoprune_export.compress.decide import layers_to_cut, least_units, units_of
 from infoprune_export.compress.findings import Findings
 from infoprune_export.compress.lessons import Remembered
 from infoprune_export.compress.packing import IGNORE, Packed, Row, pack
@@ -80,7 +80,7 @@ def learn_heads_of(
 
     `decide(..., heads=...)` then makes the plan that keeps them, and gives the feed-forwards what they leave over.
     """
-    cut = [x for x in plan.anatomy.layers() if plan.budget.scope in ("all", x.tower)]
+    cut = layers_to_cut(plan.anatomy, plan.workload, plan.budget.scope)
     units = units_of(findings, cut, plan.criterion, Flops(plan.anatomy, plan.workload))
     return learn_heads(
         model,

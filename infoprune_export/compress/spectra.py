@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infoprune_export.errors import InputError
+
 WIDE = 1024
 """Columns above which the fast ways are taken."""
 RIDGE = 1e-9
@@ -35,7 +37,15 @@ class Root:
 
     @classmethod
     def of(cls, moment: Tensor) -> Root:
-        """The root of a positive semi-definite matrix, shape [n, n]."""
+        """The root of a positive semi-definite matrix, shape [n, n].
+
+        Raises:
+            InputError: it is not finite.
+        """
+        if not moment.sum().isfinite():  # decompositions of such fail in words of their own, or never end
+            raise InputError(
+                "the calibration data give moments that are not finite", mend="check the model's weights and the calibration images"
+            )
         if len(moment) <= WIDE:
             return cls(symmetric_power(moment, 0.5), symmetric_power(moment, -0.5))
         ridge = RIDGE * float(moment.diagonal().mean())

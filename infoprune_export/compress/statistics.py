@@ -88,11 +88,20 @@ class Statistics:
             InputError: naming the site that is not.
         """
         for key, moments in [*self.attention.items(), *self.ffn.items(), *self.gradients.items()]:
-            if not torch.isfinite(moments.outer).all():
-                raise InputError(
-                    f"calibration gives activations or gradients that are not finite at {key}",
-                    mend="check the model's weights and the calibration images",
-                )
+            check_finite(key, moments)
+
+
+def check_finite(key: str, seen: Moments | InputScale) -> None:
+    """Makes sure that what was seen at a site is a number.
+
+    Raises:
+        InputError: naming the site.
+    """
+    if not torch.isfinite(seen.outer if isinstance(seen, Moments) else seen.total).all():
+        raise InputError(
+            f"calibration gives activations or gradients that are not finite at {key}",
+            mend="check the model's weights and the calibration images",
+        )
 
 
 def input_side(linear: Linear) -> bool:

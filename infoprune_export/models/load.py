@@ -111,11 +111,14 @@ class SourceModel:
 
         Raises:
             InputError: weights that do not fit the config.
-            NotEnough: less memory than the weights in fp32 and the work on them take.
+            NotEnough: less memory on the CPU than the weights in fp32 and the work on them take.
         """
+        import torch
+
         from infoprune_export.models.streamed import load_all
 
-        self._check_memory()
+        if torch.device(device).type == "cpu":  # a GPU gets them one by one; whether they fit there, `compress.devices` looks
+            self._check_memory()
         return load_all(self.open_model(device))
 
     @property

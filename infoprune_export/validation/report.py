@@ -172,7 +172,7 @@ class Resources(_Record):
     """What compressing and exporting took on the machine that made the bundle."""
 
     memory_bytes: Estimate = Field(description="peak of memory that no file lies behind")
-    disk_bytes: Estimate = Field(description="peak of the work folder")
+    disk_bytes: Estimate = Field(description="peak of the work folder and of what --spill holds")
     seconds: Estimate
     parts: dict[str, float] = Field(
         {}, description="of the seconds measured: calibration (running the data), algebra, files (reading, writing, tracing)"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from networks import batches, build, inputs
 
-from infoprune_export.compress.decide import decide
+from infoprune_export.compress.decide import decide, layers_to_cut
 from infoprune_export.compress.evidence import gather_for, gather_task
 from infoprune_export.compress.factors import make_factors
 from infoprune_export.compress.findings import look_at_all
@@ -243,6 +243,23 @@ def test_a_tower_that_the_data_do_not_reach_is_not_cut():
     plan = plan_of(network, stats, scope="language")
     factors = make_factors(network, plan, data, stats)
     assert not any(k.startswith("vision") for k in factors)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_tower_that_the_workload_never_runs_stays_whole(network, everything, allocation):
+    anatomy, criterion = find_anatomy(network), Criterion(rank_multiple=2, allocation=allocation)
+    plan = decide(
+        look_at_all(network, anatomy, everything, criterion),
+        anatomy,
+        source=Source(id="random", sha256="0" * 64),
+        criterion=criterion,
+        workload=WORKLOAD.model_copy(update={"images": 0}),
+        flops=0.5,
+        scope="all",
+    )
+    assert 0.4 < plan.budget.predicted <= 0.5
+    assert {x.tower for x in anatomy.layers() if plan.decision(x.tower, x.index).cuts(x)} == {"language"}
+    assert {x.tower for x in layers_to_cut(anatomy, WORKLOAD, "all")} == {"vision", "language"}
 
 
 def test_a_tower_without_any_gradient_is_not_cut():

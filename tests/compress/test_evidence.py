@@ -1,10 +1,13 @@
 """Gradients of the reference answers, against autograd sample by sample and against finite differences."""
 
+import tempfile
+
 import numpy as np
 import pytest
 import torch
 from networks import build, inputs
 
+from infoprune_export.compress import evidence
 from infoprune_export.compress.calibration import Sample, make_batches
 from infoprune_export.compress.evidence import gather_for, gather_task, passes, task_loss
 from infoprune_export.compress.moments import InputScale, Moments
@@ -134,3 +137,29 @@ def test_half_precision_is_accumulated_safely(dtype):
         scale.add(part)
     torch.testing.assert_close(moments.second.diagonal(), torch.tensor([4096.0, 2.0**-16, 4096.0], dtype=torch.float64))
     torch.testing.assert_close(scale.mean, torch.tensor([64.0, 2.0**-8, 64.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("at", [0, 2, 3, 4])
+def test_a_killed_pass_is_gone_on_from_where_it_was(model, data, tmp_path, monkeypatch, at):
+    anatomy, passed = find_anatomy(model), []
+    gathered = lambda **given: gather_task(model, anatomy, data, gates=True, weights=True, **given)
+    expected = gathered()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", None)
+
+    def dies(layer):
+        if len(passed) == at:
+            raise KeyboardInterrupt
+        passed.append(layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        gathered(directory=tmp_path, progress=dies)
+    assert (tmp_path / "states").is_dir(), "not in the system's temporary directory"
+    found = gathered(directory=tmp_path)
+    assert not (tmp_path / "states").exists()
+    monkeypatch.setattr(evidence, "Walk", None)
+    told = []
+    for again in (found, gathered(directory=tmp_path, progress=told.append)):
+        for kind in ("gates", "weights"):
+            wanted, got = getattr(expected, kind), getattr(again, kind)
+            assert wanted.keys() == got.keys() and all(torch.equal(got[k], wanted[k]) for k in wanted)
+    assert len(told) == len(list(anatomy.layers()))

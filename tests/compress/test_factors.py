@@ -10,6 +10,7 @@ from networks import batches, build, inputs
 from infoprune_export.compress.decide import keep_everything
 from infoprune_export.compress.evidence import gather_for
 from infoprune_export.compress.factors import make_factors
+from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.plans import Factors, Source
 from infoprune_export.recipe import Criterion, Workload
@@ -44,3 +45,11 @@ def test_recalibration_changes_nothing_in_front_of_the_first_cut_and_everything_
     assert first
     for k in here:
         assert np.allclose(here[k], before[k], rtol=1e-4, atol=1e-5) == (k in first), k
+
+
+@pytest.mark.parametrize(("rule", "compensate", "at"), [("loss", "refit", "o"), ("loss", "none", "up"), ("asvd", "none", "up")])
+def test_what_is_not_finite_in_the_compressed_prefix_is_refused(rule, compensate, at):
+    data = batches()
+    data[0].inputs["pixel_values"][0] = float("nan")
+    with pytest.raises(InputError, match=rf"not finite at vision\.0\.{at}"):
+        factors_of(data, weighting=rule, compensate=compensate)

@@ -10,6 +10,7 @@ from infoprune_export.compress.lowrank import Weighting, factorise, spectrum
 from infoprune_export.compress.moments import Moments
 from infoprune_export.compress.spectra import Root, spectrum_of_moment, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics
+from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Linear
 
 
@@ -41,6 +42,15 @@ def test_a_triangular_root_is_a_root_and_can_be_undone(wide, samples):
 def test_a_moment_of_nothing_has_a_root(wide):
     root = Root.of(torch.zeros(20, 20, dtype=torch.float64))
     assert torch.isfinite(root.matrix).all() and root.matrix.abs().max() < 1e-100
+
+
+@pytest.mark.parametrize("size", [8, 20])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused(wide, size, value):
+    c = torch.eye(size, dtype=torch.float64)
+    c[3, 5] = c[5, 3] = value
+    with pytest.raises(InputError, match="not finite"):
+        Root.of(c)
 
 
 @pytest.mark.parametrize("decay", [0.5, 1.5])

@@ -10,7 +10,7 @@ from typing import Any
 
 from infoprune_export.bundle import write_atomically
 from infoprune_export.engines.machine import machine_report
-from infoprune_export.pipeline import library_versions
+from infoprune_export.versions import library_versions
 from quality.campaign import QUICK_IMAGES, Stage, Tuned
 from quality.methods import METHODS, ORIGINAL, OURS
 from quality.rows import Row
