@@ -94,7 +94,7 @@ class Accuracy(_Record):
 
     @property
     def final_drop_points(self) -> float | None:
-        """Of the network that the bundle was made for: the quantised one where there is one."""
+        """Of the network with quantised weights where that was measured, to be shown; what gates want is in `judge`."""
         return self.drop_points if self.quantised is None else self.quantised_drop_points
 
 
@@ -123,7 +123,7 @@ class PartLatency(_Record):
 
     @property
     def final_speedup(self) -> float | None:
-        """Of the network that the bundle was made for: the quantised one where there is one."""
+        """Of the network with quantised weights where that was measured, to be shown; what gates want is in `judge`."""
         return self.speedup if self.quantised is None else self.quantised_speedup
 
 
@@ -256,7 +256,7 @@ class Report(_Record):
 def judge(report: Report, max_drop: float | None = None, min_speedup: float | None = None) -> dict[str, Gate]:
     """The gates of a report: numerics always, the others when asked for.
 
-    Where a bundle has quantised weights, accuracy and speed-up are theirs.
+    Where a bundle has quantised weights, accuracy and speed-up are theirs, never the float network's in their place.
 
     A gate whose figure could not be measured does not pass: a check that was asked for and not made is no assurance.
 
@@ -270,7 +270,8 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
     measured = f"{', '.join(failed)} failed" if failed else f"{total} of {total} passed" if total else "not measured"
     gates = {"numerics": Gate(required="all checks pass", measured=measured, passed=total > 0 and not failed)}
     if max_drop is not None:
-        drops = {task: a.final_drop_points for task, a in report.accuracy.items() if a.final_drop_points is not None}
+        points = {task: a.quantised_drop_points if report.quantisation else a.drop_points for task, a in report.accuracy.items()}
+        drops = {task: lost for task, lost in points.items() if lost is not None}
         task = max(drops, key=drops.__getitem__, default=None)
         gates["max_drop"] = Gate(
             required=f"at most {max_drop:g} points on any task",
@@ -281,8 +282,9 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
             passed=task is not None and drops[task] <= max_drop + 1e-9,
         )
     if min_speedup is not None:
-        ends = {engine: parts["end_to_end"].final_speedup for engine, parts in report.latency.items() if "end_to_end" in parts}
-        speedups = {engine: s for engine, s in ends.items() if s is not None}
+        ends = {engine: parts["end_to_end"] for engine, parts in report.latency.items() if "end_to_end" in parts}
+        factors = {engine: end.quantised_speedup if report.quantisation else end.speedup for engine, end in ends.items()}
+        speedups = {engine: factor for engine, factor in factors.items() if factor is not None}
         engine = min(speedups, key=speedups.__getitem__, default=None)
         gates["min_speedup"] = Gate(
             required=f"at least {min_speedup:g}x end to end",

@@ -58,7 +58,7 @@ def validate_bundle(
     Args:
         bundle: With its graphs, plan and reference; its hashes are not looked at.
         engines: What to check; the portable graphs and the bundle's targets when None. Accuracy goes through
-            the first that runs here, a built one before the portable graphs.
+            the first that runs here, with quantised weights too where the bundle has them, a built one before the portable graphs.
         evaluation: Task name to data; the recipe's when None.
         workload: Shapes to time; the bundle's when None.
         original: The original in a bundle of its own (`--flops 1`), where this bundle does not hold it.
@@ -211,8 +211,14 @@ class Run:
         """The variant with quantised weights on the same engine and in the same type, if it runs here."""
         return next((v for v in variants if v.quantised and (v.engine, float_type(v.dtype)) == (variant.engine, variant.dtype)), None)
 
+    def skip_quantised(self, what: str, variant: Variant) -> None:
+        """Says that a figure of quantised weights is missing, where the bundle has such weights."""
+        if weights := self.bundle.manifest.weights:
+            build = "" if variant.engine == "onnx" else f"; build it: infoprune-export build DIR --target {variant.engine}"
+            self.skip(f"{what}.quantised", f"no {weights.type} network for {variant.engine} in {variant.dtype} runs here{build}")
+
     def measure_accuracy(self, variants: Sequence[Variant], evaluation: Mapping[str, DataSource]) -> None:
-        """Accuracy of every network through the first variant on every task whose data is at hand."""
+        """Accuracy of every network on every task whose data is at hand, through the first variant that has all of them."""
         if self.report.random_weights:
             self.skip("accuracy", NO_ACCURACY)
             return
@@ -222,7 +228,8 @@ class Run:
         if not variants:
             self.skip("accuracy", "no engine of this bundle runs here")
             return
-        variant = next((v for v in variants if not v.quantised), variants[0])
+        floating = [v for v in variants if not v.quantised] or variants
+        variant = next((v for v in floating if self.with_quantised_weights(v, variants)), floating[0])
         limits = limits_of(variant.engine, self.bundle.manifest.workload)
         examiner = tasks.Examiner(self.bundle.path, self.bundle.manifest.recipe.prompt, limits, self.progress)
         exams = {}
@@ -238,6 +245,8 @@ class Run:
         session = self._original(variant, "accuracy")
         original = examiner.sit_all(exams, session, "original") if session else {}
         small = self.with_quantised_weights(variant, variants)
+        if small is None:
+            self.skip_quantised("accuracy", variant)
         quantised = examiner.sit_all(exams, self._compressed(small), small.dtype) if small else {}
         for task, exam in exams.items():
             made = exam.record(original.get(task), compressed[task], quantised.get(task), variant.engine, variant.dtype)
@@ -253,6 +262,8 @@ class Run:
         kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
         for variant in {v.engine: v for v in reversed(variants)}.values():
             engine, small = variant.engine, self.with_quantised_weights(variant, variants)
+            if small is None:
+                self.skip_quantised(f"latency.{engine}", variant)
             original = self._original(variant, f"latency.{engine}")
             load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:

@@ -275,3 +275,38 @@ def test_quantised_weights_are_held_against_their_own_graphs(bundle, monkeypatch
     assert (accuracy.engine, accuracy.dtype) == ("trt", "fp16") and accuracy.quantised is not None
     assert report.latency["trt"]["decode"].quantised.n == report.latency["trt"]["decode"].original.n
     assert ("trt", "q4f16", True) not in opened, "the original has no quantised weights"
+
+
+def test_a_float_network_does_not_pass_for_the_quantised_one(bundle, monkeypatch, make_session):
+    """Engines of quantised weights were built for another target than the one that runs here."""
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if engine == "trt" or (engine, dtype) == ("ort", "q4"):
+            raise InputError("has no such engine", where=bundle.path)
+        return make_session(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.quantisation.float_answers", lambda bundle, precision, reference, threads: reference)
+    bundle.manifest.weights = QuantisedWeights(type="int4", block_size=32, components={})
+    report = validate_bundle(bundle, seconds=0, max_drop=100, min_speedup=0.001)
+    assert report.accuracy["vqa"].engine == "ort" and report.accuracy["vqa"].drop_points == 0
+    assert report.latency["ort"]["end_to_end"].speedup is not None
+    with pytest.raises(GateFailed, match=r"max_drop: not measured, .*; min_speedup: not measured"):
+        report.raise_for_gates()
+    reasons = {x.what: x.reason for x in report.not_measured}
+    assert reasons["accuracy.quantised"] == reasons["latency.ort.quantised"]
+    assert reasons["accuracy.quantised"].startswith("no int4 network for ort in fp32 runs here; build it: infoprune-export build DIR")
+
+
+def test_accuracy_goes_through_an_engine_that_has_the_quantised_network_too(bundle, monkeypatch, make_session):
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if (engine, dtype) == ("ort", "q4"):
+            raise InputError("has no such engine", where=bundle.path)
+        return make_session(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.quantisation.float_answers", lambda bundle, precision, reference, threads: reference)
+    bundle.manifest.weights = QuantisedWeights(type="int4", block_size=32, components={})
+    report = validate_bundle(bundle, seconds=0, max_drop=100)
+    assert report.accuracy["vqa"].engine == "trt" and report.accuracy["vqa"].quantised is not None and report.passed
+    assert [x.what for x in report.not_measured] == ["latency.ort.quantised"]
