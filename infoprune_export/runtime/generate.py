@@ -10,7 +10,7 @@ from infoprune_export.data.images import ImageRef
 from infoprune_export.precision import Precision, float_type
 from infoprune_export.runtime.images import ImageProcessor
 from infoprune_export.runtime.prompts import Prompts
-from infoprune_export.runtime.session import EngineName, Session
+from infoprune_export.runtime.session import EngineName, Session, first_held
 
 
 def generate(
@@ -32,7 +32,7 @@ def generate(
         images: Image files, in the order of the prompt's image tokens; may be none.
         prompt: The question. Where it has no image token, the images go before it.
         engine: What runs the model; ONNX Runtime's engines where the bundle has them, else the portable graphs, when None.
-        dtype: Which of the bundle's precisions; the quantised one where it has that, else its first type, when None.
+        dtype: Which of the bundle's precisions; when None, the quantised one where the engine has that, else the first type that it has.
         max_new_tokens: Most tokens to make.
         original: Ask the uncompressed model that was kept for comparison.
         threads: CPU threads; all cores when None.
@@ -51,8 +51,9 @@ def generate(
     pictures = [ImageRef(Path(path)).open() for path in images]
     pixels = ImageProcessor.from_directory(bundle.path)(pictures) if pictures else None
     engine = engine or ("ort" if bundle.engines("ort", original).is_dir() else "onnx")
-    dtype = dtype or bundle.manifest.precision
-    if original:  # which is never quantised
+    if dtype is None:
+        dtype = first_held(bundle, engine, original)
+    elif original:  # which is never quantised
         dtype = float_type(dtype)
     session = Session.open(bundle, engine=engine, dtype=dtype, original=original, threads=threads)
 

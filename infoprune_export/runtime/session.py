@@ -20,7 +20,7 @@ import numpy as np
 from infoprune_export.bundle import COMPONENTS, Bundle, engine_name, graph_file
 from infoprune_export.engines import load_engine
 from infoprune_export.engines.base import CacheBuffers, Engine, Step
-from infoprune_export.errors import InputError
+from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.precision import Precision
 from infoprune_export.runtime.config import ModelConfig
 
@@ -232,6 +232,25 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np
     ids = np.stack([np.pad(p, (longest - len(p), 0), constant_values=pad_id) for p in prompts]).astype(np.int64)
     mask = np.stack([np.pad(np.ones(len(p), np.int64), (longest - len(p), 0)) for p in prompts])
     return ids, mask
+
+
+def first_held(bundle: Bundle, engine: EngineName, original: bool = False) -> Precision:
+    """The precision to run a network in where nobody names one: the first of the bundle's that an engine has files of.
+
+    Engines may be fewer than graphs: TensorRT's are built in half precision, and quantised graphs for one target need not be built
+    for another. Where an engine has none at all, it is the bundle's first, and opening it says what is missing.
+    """
+    precisions = bundle.manifest.dtypes if original else bundle.manifest.precisions
+    return next((p for p in precisions if _is_held(bundle, engine, p, original)), precisions[0])
+
+
+def _is_held(bundle: Bundle, engine: EngineName, precision: Precision, original: bool) -> bool:
+    try:
+        for component in COMPONENTS:
+            _file(bundle, component, engine, precision, original)
+    except (InputError, MissingRequirement):
+        return False
+    return True
 
 
 def _file(bundle: Bundle, component: str, engine: EngineName, dtype: Precision, original: bool) -> Path:
