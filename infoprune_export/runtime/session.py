@@ -112,8 +112,7 @@ class Session:
         Raises:
             InputError: the image tokens are not as many as the features.
         """
-        (spec,), (out,) = self._embed.inputs, self._embed.outputs
-        embeds = self._embed.run({spec.name: input_ids.astype(spec.dtype, copy=False)})[out.name]
+        embeds = self._look_up(input_ids)
         places = np.zeros(input_ids.shape, bool) if self.config.image_token_id is None else input_ids == self.config.image_token_id
         per_image = 1 if image_features is None else image_features.shape[1]
         expected = 0 if image_features is None else len(image_features) * per_image
@@ -125,6 +124,10 @@ class Session:
         if image_features is not None:
             embeds[places] = image_features.reshape(expected, -1).astype(embeds.dtype, copy=False)
         return embeds
+
+    def _look_up(self, input_ids: np.ndarray) -> np.ndarray:
+        (spec,), (out,) = self._embed.inputs, self._embed.outputs
+        return self._embed.run({spec.name: input_ids.astype(spec.dtype, copy=False)})[out.name]
 
     def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, capacity: int | None = None) -> tuple[np.ndarray, Cache]:
         """Reads whole prompts.
@@ -166,7 +169,8 @@ class Session:
         if isinstance(past, CacheBuffers) and tokens > past.capacity and not cache.fixed:
             past = past.larger(tokens - 1, 2 * tokens)
         longer = replace(cache, past=past, attention_mask=mask)
-        return self._decode(self.embed(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)
+        # A model may say its image token; no image belongs to it then, and it is a token like any other.
+        return self._decode(self._look_up(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)
 
     def _decode(self, inputs_embeds: np.ndarray, position_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Reads tokens; `cache` has the past, and a mask that covers them."""
