@@ -47,6 +47,7 @@ def load_engine(path: Path) -> TensorRTEngine:
     Raises:
         MissingRequirement: no driver, or the engine's flavour is not installed.
         InputError: a file that TensorRT does not take on this GPU.
+        NotEnough: the GPU has too little memory for it.
     """
     _require_driver()
     name = path.parent.parent.name
@@ -81,8 +82,11 @@ class TensorRTEngine(Engine):
         driver.enter()
         self._stream = cuda.Stream(driver)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        data = path.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
+            if driver.free_memory() < len(data):  # TensorRT gives no reason; its weights are most of the file
+                raise cuda.no_memory(path)
             raise InputError(
                 f"{flavour.name} {flavour.version} does not take this engine on this GPU",
                 where=path,
@@ -90,6 +94,8 @@ class TensorRTEngine(Engine):
             )
         self._driver = driver
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise cuda.no_memory(path)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         specs = {name: self._spec(name, trt) for name in names}
         self.inputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)

@@ -11,7 +11,7 @@ from functools import partial
 from infoprune_export.bundle import COMPONENTS, Bundle
 from infoprune_export.engines.cuda import gpus
 from infoprune_export.engines.machine import machine_report
-from infoprune_export.errors import InfoPruneError, InputError, MissingRequirement
+from infoprune_export.errors import InfoPruneError, InputError
 from infoprune_export.precision import Precision, float_type, is_quantised
 from infoprune_export.recipe import DataSource, Workload
 from infoprune_export.runtime.config import ModelConfig
@@ -75,7 +75,7 @@ def validate_bundle(
     Raises:
         InputError: a bundle without a reference, an `original` of another model, a workload that is not the
             model's, an engine asked for by name that the bundle does not hold, or accuracy of random weights.
-        MissingRequirement: this machine cannot run an engine asked for by name.
+        MissingRequirement, NotEnough: this machine cannot run an engine asked for by name.
     """
     manifest = bundle.manifest
     if manifest.random_weights and (evaluation or max_drop is not None):
@@ -161,7 +161,7 @@ class Run:
             for dtype in dtypes:
                 try:
                     session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
-                except (InputError, MissingRequirement) as e:
+                except InfoPruneError as e:
                     absent.append(e)
                 else:
                     yield Variant(engine, dtype if is_quantised(dtype) else dtype_of(session)), session
@@ -195,7 +195,7 @@ class Run:
             try:
                 records = numerics.check(session, held, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
                 runnable.append(variant)
-            except InputError as e:  # an engine that opens and then does not run has failed, not been left out
+            except InfoPruneError as e:  # an engine that opens and then does not run has failed, not been left out
                 failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
                 records = {"generation": failed}
                 self.notify(numerics.describe("generation", failed))
@@ -241,17 +241,30 @@ class Run:
         if not exams:
             return
         # One network after the other, so that only one is in memory.
-        compressed = examiner.sit_all(exams, self._compressed(variant), "compressed")
-        session = self._original(variant, "accuracy")
-        original = examiner.sit_all(exams, session, "original") if session else {}
-        small = self.with_quantised_weights(variant, variants)
-        if small is None:
+        compressed = self._sit(examiner, exams, partial(self._compressed, variant), "compressed", "accuracy")
+        if not compressed:
+            return
+        original = self._sit(examiner, exams, partial(self._original, variant, "accuracy"), "original", "accuracy of the original")
+        quantised: dict[str, list[float]] = {}
+        if small := self.with_quantised_weights(variant, variants):
+            quantised = self._sit(examiner, exams, partial(self._compressed, small), small.dtype, "accuracy.quantised")
+        else:
             self.skip_quantised("accuracy", variant)
-        quantised = examiner.sit_all(exams, self._compressed(small), small.dtype) if small else {}
         for task, exam in exams.items():
             made = exam.record(original.get(task), compressed[task], quantised.get(task), variant.engine, variant.dtype)
             self.report.accuracy[task] = made
             self.notify(f"MEASURED | accuracy.{task} ({variant.engine}, {variant.dtype}) | {accuracy.describe(made)}")
+
+    def _sit(
+        self, examiner: tasks.Examiner, exams: Mapping[str, tasks.Exam], opens: Callable[[], Session | None], network: str, what: str
+    ) -> dict[str, list[float]]:
+        """Scores of one network on every task; none where it is not at hand, or where it fails, with the reason under the name `what`."""
+        try:
+            session = opens()
+            return examiner.sit_all(exams, session, network) if session else {}
+        except InfoPruneError as e:
+            self.skip(what, _one_line(e))
+            return {}
 
     def measure_latency(self, variants: Sequence[Variant], inputs: latency.Inputs, workload: Workload, seconds: float) -> None:
         """Times every engine in the first of its types that runs, all networks in turn."""
@@ -277,7 +290,7 @@ class Run:
                     flops_kept=kept,
                     progress=partial(self.progress, f"timing {engine}"),
                 )
-            except InputError as e:
+            except InfoPruneError as e:
                 self.skip(f"latency.{engine}", _one_line(e))
                 continue
             self.report.latency[engine] = parts
@@ -305,7 +318,7 @@ class Run:
             return None
         try:
             return self.baseline.open(variant.engine, variant.dtype, self.threads)
-        except (InputError, MissingRequirement) as e:
+        except InfoPruneError as e:
             self.skip(f"{what} of the original", _one_line(e))
             return None
 

@@ -45,8 +45,16 @@ class FakeDriver:
         version._obj.value = 12080
         return 0
 
+    @property
+    def free(self):
+        return self.limit - sum(map(len, self.blocks.values()))
+
+    def cuMemGetInfo_v2(self, free, total):
+        free._obj.value, total._obj.value = self.free, self.limit
+        return 0
+
     def cuMemAlloc_v2(self, address, size):
-        if sum(map(len, self.blocks.values())) + size.value > self.limit:
+        if size.value > self.free:
             return OUT_OF_MEMORY
         block = ctypes.create_string_buffer(size.value)
         address._obj.value = ctypes.addressof(block)

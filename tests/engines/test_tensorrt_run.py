@@ -6,7 +6,7 @@ from infoprune_export.engines import cuda, tensorrt_run
 from infoprune_export.engines.base import TensorSpec
 from infoprune_export.engines.flavours import Flavour
 from infoprune_export.engines.tensorrt_run import TensorRTEngine, find_engine, load_engine
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.errors import InputError, MissingRequirement, NotEnough
 
 
 @pytest.fixture
@@ -60,6 +60,17 @@ def test_an_engine_of_a_flavour_that_is_not_installed(device, tmp_path):
 def test_an_engine_that_tensorrt_does_not_take(device, engine_file, monkeypatch):
     monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", fake_tensorrt(takes=False)),))
     with pytest.raises(InputError, match="does not take this engine"):
+        load_engine(engine_file)
+
+
+def test_an_engine_that_does_not_fit_into_the_gpus_memory(device, engine_file, monkeypatch, trt):
+    """TensorRT says so by returning nothing, whether for the engine or for what it runs in."""
+    trt.engine.context = None
+    with pytest.raises(NotEnough, match=r"decoder.engine: the GPU has no memory left\nend other programs on it"):
+        load_engine(engine_file)
+    device.limit = engine_file.stat().st_size - 1
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", fake_tensorrt(takes=False)),))
+    with pytest.raises(NotEnough, match="no memory left"):
         load_engine(engine_file)
 
 

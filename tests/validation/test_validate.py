@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from infoprune_export.bundle import VISION, Bundle, Manifest, QuantisedWeights
-from infoprune_export.errors import GateFailed, InputError, MissingRequirement
+from infoprune_export.errors import GateFailed, InputError, MissingRequirement, NotEnough
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
 from infoprune_export.runtime.session import Session
@@ -180,6 +180,39 @@ def test_an_engine_that_opens_and_does_not_run_fails_the_gate(bundle, make_sessi
     assert not report.accuracy and not report.latency
     unrun = {e.what for e in report.not_measured if e.reason == "no engine of this bundle runs here"}
     assert unrun == {"accuracy", "latency"}
+
+
+def test_a_gpu_that_fails_costs_its_own_engine_and_no_other(bundle, make_session, monkeypatch):
+    class Failing(make_session):
+        def prefill(self, *inputs):
+            raise NotEnough("the GPU has no memory left")
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        return (Failing if engine == "trt" else make_session)(7 if original else 0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    report = validate_bundle(bundle, seconds=0)
+    assert report.numerics["generation_trt"].message == "the GPU has no memory left" and not report.passed
+    assert report.numerics["generation_ort"].passed and report.accuracy["vqa"].engine == "ort" and list(report.latency) == ["ort"]
+
+
+@pytest.mark.parametrize("error", [NotEnough("the GPU has no memory left"), MissingRequirement("the NVIDIA driver refused cuMemAlloc_v2")])
+def test_what_fails_after_its_numerics_is_not_measured(bundle, make_session, monkeypatch, error):
+    class Failing(make_session):
+        def encode_images(self, pixel_values):
+            raise error
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if engine == "trt":
+            raise error
+        return (Failing if original else make_session)(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    report = validate_bundle(bundle, seconds=0)
+    assert report.passed and report.accuracy["vqa"].original is None and report.accuracy["vqa"].compressed is not None
+    reasons = {x.what: x.reason for x in report.not_measured}
+    assert reasons["accuracy of the original"] == reasons["latency.ort"] == str(error)
+    assert {"numerics.trt", "latency.trt"} <= set(reasons)
 
 
 def test_an_engine_asked_for_by_name_has_to_run(bundle):
