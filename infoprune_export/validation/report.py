@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
-from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.errors import GateFailed, InputError, NotEnough
 from infoprune_export.plans import LatencyBudget, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Workload, first_problem
+from infoprune_export.workspace import is_full_disk
 
 SCHEMA_VERSION = 1
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -242,6 +244,10 @@ class Report(_Record):
         """Writes report.json and report.html, each whole or not at all.
 
         What making the bundle took is known to the first report alone; later ones keep it.
+
+        Raises:
+            InputError: the directory cannot be written.
+            NotEnough: the disk is full.
         """
         from infoprune_export.validation.page import report_page
 
@@ -249,8 +255,30 @@ class Report(_Record):
             with contextlib.suppress(InputError):
                 self.resources = Report.read(directory / REPORT_JSON).resources
         page = report_page(self, plan)
-        write_atomically(directory / REPORT_JSON, self.to_json())
-        write_atomically(directory / REPORT_HTML, page)
+        try:
+            write_atomically(directory / REPORT_JSON, self.to_json())
+            write_atomically(directory / REPORT_HTML, page)
+        except OSError as e:
+            if is_full_disk(e):
+                raise NotEnough(
+                    "the disk is full, or a file may not grow further", where=directory, mend="make space and run it again"
+                ) from e
+            raise _not_writable(directory) from e
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure, before anything is measured, that the report can be put where it belongs.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise _not_writable(directory)
+
+
+def _not_writable(directory: Path) -> InputError:
+    mend = "copy the bundle to where you may write, or look at its times alone: infoprune-export bench DIR"
+    return InputError("the report cannot be written there", where=directory, mend=mend)
 
 
 def judge(report: Report, max_drop: float | None = None, min_speedup: float | None = None) -> dict[str, Gate]:

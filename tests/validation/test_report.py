@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
-from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.errors import GateFailed, InputError, NotEnough
+from infoprune_export.validation import report as report_module
 from infoprune_export.validation.report import Quantisation, Report, judge
 
 
@@ -29,6 +31,19 @@ def test_it_reads_back_as_it_was_written(report, plan, tmp_path):
     report.write(tmp_path, plan)
     assert Report.read(tmp_path / "report.json") == report
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [(errno.EROFS, InputError, "the report cannot be written there"), (errno.ENOSPC, NotEnough, "the disk is full")],
+)
+def test_a_report_that_cannot_be_written(report, plan, tmp_path, monkeypatch, code, error, message):
+    def refuse(path, text):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(report_module, "write_atomically", refuse)
+    with pytest.raises(error, match=message):
+        report.write(tmp_path, plan)
 
 
 def test_a_damaged_report_is_refused(tmp_path):

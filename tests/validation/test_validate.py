@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from importlib import resources
@@ -11,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import infoprune_export as ip
 from infoprune_export.bundle import VISION, Bundle, Manifest, QuantisedWeights
+from infoprune_export.cli import cli
 from infoprune_export.errors import GateFailed, InputError, MissingRequirement, NotEnough
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
@@ -266,6 +269,27 @@ def test_a_missing_reference(bundle):
     bundle.reference.unlink()
     with pytest.raises(InputError, match="not a readable reference"):
         validate_bundle(bundle, seconds=0)
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_before_any_work(bundle, opened, monkeypatch):
+    bundle.write_manifest()
+    monkeypatch.setattr("infoprune_export.validation.report.os.access", lambda path, mode: not mode & os.W_OK)
+    for validate in (lambda: ip.validate(bundle.path), lambda: cli.main(["validate", str(bundle.path)], standalone_mode=False)):
+        with pytest.raises(InputError, match="the report cannot be written there"):
+            validate()
+    assert not opened
+
+
+def test_figures_are_shown_where_they_cannot_be_written(bundle, report, monkeypatch, capsys):
+    def refuse(self, directory, plan):
+        raise NotEnough("the disk is full")
+
+    bundle.write_manifest()
+    monkeypatch.setattr("infoprune_export.validation.validate.validate_bundle", lambda *arguments, **options: report)
+    monkeypatch.setattr(Report, "write", refuse)
+    with pytest.raises(NotEnough):
+        cli.main(["validate", str(bundle.path)], standalone_mode=False)
+    assert "vqa accuracy" in capsys.readouterr().out
 
 
 def test_bench_times_and_nothing_else(bundle):
