@@ -93,6 +93,7 @@ class Accuracy(_Record):
     quantised_interval: Interval | None = None
     quantised_drop_points: float | None = Field(None, description="original - quantised, in points")
     quantised_drop_points_interval: Interval | None = None
+    measured_at: str | None = Field(None, description="when, where that is not when the report was made: an earlier one's, kept")
 
     @property
     def final_drop_points(self) -> float | None:
@@ -243,7 +244,8 @@ class Report(_Record):
     def write(self, directory: Path, plan: Plan | None = None) -> None:
         """Writes report.json and report.html, each whole or not at all.
 
-        What making the bundle took is known to the first report alone; later ones keep it.
+        What making the bundle took is known to the first report alone, and data for accuracy may be on another machine: what is not known
+        now is kept of the report that was there.
 
         Raises:
             InputError: the directory cannot be written.
@@ -251,9 +253,9 @@ class Report(_Record):
         """
         from infoprune_export.validation.page import report_page
 
-        if self.resources is None and (directory / REPORT_JSON).is_file():
+        if (directory / REPORT_JSON).is_file():
             with contextlib.suppress(InputError):
-                self.resources = Report.read(directory / REPORT_JSON).resources
+                self._keep(Report.read(directory / REPORT_JSON))
         page = report_page(self, plan)
         try:
             write_atomically(directory / REPORT_JSON, self.to_json())
@@ -264,6 +266,12 @@ class Report(_Record):
                     "the disk is full, or a file may not grow further", where=directory, mend="make space and run it again"
                 ) from e
             raise _not_writable(directory) from e
+
+    def _keep(self, earlier: Report) -> None:
+        self.resources = self.resources or earlier.resources
+        if not self.accuracy:
+            at = earlier.measured_at
+            self.accuracy = {task: a.model_copy(update={"measured_at": a.measured_at or at}) for task, a in earlier.accuracy.items()}
 
 
 def check_writable(directory: Path) -> None:

@@ -47,7 +47,9 @@ def summary_table(report: Report) -> RenderableType:
     random = [Text("random weights: times and sizes mean something, answers do not", style="bold yellow")] if report.random_weights else []
     of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
     trained = [Text(f"trained: {report.training}", style="dim")] if report.training else []
-    return Group(head, *random, of, *trained, table, *_verdicts(report), *_missing(report))
+    times = sorted({a.measured_at for a in report.accuracy.values() if a.measured_at})
+    kept = [Text(f"accuracy: kept of an earlier report, measured {time}", style="dim") for time in times]
+    return Group(head, *random, of, *trained, table, *kept, *_verdicts(report), *_missing(report))
 
 
 def latency_table(report: Report) -> RenderableType:

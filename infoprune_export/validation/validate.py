@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 
 from infoprune_export.bundle import COMPONENTS, Bundle
+from infoprune_export.data.vqa import PACKAGED
 from infoprune_export.engines.cuda import gpus
 from infoprune_export.engines.machine import machine_report
 from infoprune_export.errors import InfoPruneError, InputError
@@ -237,7 +239,7 @@ class Run:
             try:
                 exams[task] = examiner.prepare(source)
             except InputError as e:
-                self.skip(f"accuracy.{task}", _one_line(e))
+                self.skip(f"accuracy.{task}", _one_line(e) + _looked_for(source))
         if not exams:
             return
         # One network after the other, so that only one is in memory.
@@ -345,6 +347,13 @@ def _graph_bytes(bundle: Bundle, dtype: Precision, original: bool) -> int:
     graphs = [bundle.graph(component, dtype, original) for component in COMPONENTS]
     files = [file for graph in graphs for file in (graph, graph.with_name(graph.name + "_data"))]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _looked_for(source: DataSource) -> str:
+    """Where data were looked for that are not there: a recipe's paths are relative, and its place is not the bundle's."""
+    if source.path.startswith(PACKAGED) or Path(source.path).is_absolute() or Path(source.path).exists():
+        return ""
+    return f"; looked for in the working directory, {Path.cwd()}"
 
 
 def _why_not(engine: EngineName, error: InfoPruneError) -> str:

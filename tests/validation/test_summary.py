@@ -51,6 +51,12 @@ def test_a_failed_gate_and_its_reason_are_said(report):
     assert "FAILED  numerics" in text and "NaN or infinite" in " ".join(text.split())
 
 
+def test_accuracy_of_an_earlier_report_is_said_to_be(report):
+    assert "earlier report" not in printed(summary_table(report))
+    report.accuracy["vqa"].measured_at = "2026-01-01T00:00:00Z"
+    assert "accuracy: kept of an earlier report, measured 2026-01-01T00:00:00Z" in printed(summary_table(report))
+
+
 def test_user_strings_are_not_read_as_markup(report):
     report.accuracy = {"[bold]x[/]": report.accuracy["vqa"]}
     report.name = "[red]name[/]"

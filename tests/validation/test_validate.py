@@ -168,6 +168,25 @@ def test_data_that_is_not_here_is_not_measured_and_the_rest_is(bundle):
     assert "/nowhere: does not exist" in next(e.reason for e in report.not_measured if e.what == "accuracy.gone")
 
 
+def test_accuracy_that_cannot_be_measured_now_is_kept(bundle, monkeypatch, tmp_path):
+    bundle.manifest.recipe.evaluation = {"vqa": DataSource(path="data/vqa")}
+    first = validate_bundle(bundle, evaluation=VQA, seconds=0)
+    first.measured_at = "2026-01-01T00:00:00Z"
+    first.write(bundle.path)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        later = validate_bundle(bundle, seconds=0, max_drop=100)
+        assert not later.gates["max_drop"].passed, "it is not measured again by being kept"
+        later.write(bundle.path)
+    kept = Report.read(bundle.path / "report.json")
+    assert kept.accuracy == {"vqa": first.accuracy["vqa"].model_copy(update={"measured_at": "2026-01-01T00:00:00Z"})}
+    assert "kept of an earlier report, measured 2026-01-01T00:00:00Z" in (bundle.path / "report.html").read_text()
+    reason = next(x.reason for x in kept.not_measured if x.what == "accuracy.vqa")
+    assert reason.startswith("data/vqa: does not exist") and reason.endswith(f"looked for in the working directory, {tmp_path}")
+    validate_bundle(bundle, evaluation=VQA, seconds=0).write(bundle.path)
+    assert Report.read(bundle.path / "report.json").accuracy["vqa"].measured_at is None
+
+
 def test_no_data_at_all(bundle):
     report = validate_bundle(bundle, evaluation={}, seconds=0)
     assert not report.accuracy and "no evaluation data" in next(e.reason for e in report.not_measured if e.what == "accuracy")
