@@ -77,6 +77,8 @@ class DeviceArray:
 class TensorRTEngine(Engine):
     """A deserialised engine with device memory that grows to the largest shapes seen."""
 
+    device = "cuda"
+
     def __init__(self, path: Path, flavour: Flavour, driver: cuda.Driver):
         self._path, trt = path, flavour.module
         driver.enter()

@@ -134,6 +134,7 @@ class LatencySettings(_Record):
     """What the latencies of one engine depend on."""
 
     dtype: str
+    devices: dict[str, str] = Field({}, description="component to where it ran, cpu or cuda; empty in reports of early versions")
     threads: int | None = Field(description="null: the engine's own choice")
     workload: Workload
     seconds_per_part: float
@@ -141,6 +142,14 @@ class LatencySettings(_Record):
     cpus: list[int] | None = Field(None, description="those that the process may run on; null where the system does not say")
     load_average: float | None = Field(None, description="processes wanting a core in the minute before; times are noisy above the cores")
     transfers: str = "host to host: inputs and outputs are arrays in main memory"
+
+    @property
+    def where(self) -> str:
+        """`cuda`, or `vision_encoder cuda, ..., decoder_model_merged cpu` where they differ; nothing for the CPU alone."""
+        kinds = set(self.devices.values())
+        if len(kinds) > 1:
+            return ", ".join(f"{component} {device}" for component, device in self.devices.items())
+        return "".join(kinds - {"cpu"})
 
 
 class Size(_Record):

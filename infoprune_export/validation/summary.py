@@ -79,7 +79,7 @@ def _settings(report: Report, engine: str) -> list[Text]:
         return []
     threads = f"{s.threads} thread{'s' * (s.threads != 1)}" if s.threads else "threads of the engine's choice"
     turns = "both networks in turn" if any(p.original for p in report.latency[engine].values()) else "the compressed network alone"
-    said = [f"{s.dtype}, {threads}"]
+    said = [f"{s.dtype}{f' on {s.where}' * bool(s.where)}, {threads}"]
     said += [f"on CPUs {spans(s.cpus)}"] if s.cpus else []
     said += [f"{s.warmup_rounds} warm-up rounds, then {s.seconds_per_part:g} s a part, {turns}", s.transfers.partition(":")[0]]
     said += [f"load average before {s.load_average:g}"] if s.load_average is not None else []

@@ -282,8 +282,9 @@ class Run:
             original = self._original(variant, f"latency.{engine}")
             load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:
+                compressed = self._compressed(variant)
                 parts = latency.measure(
-                    self._compressed(variant),
+                    compressed,
                     original,
                     inputs,
                     workload.new_tokens,
@@ -298,6 +299,7 @@ class Run:
             self.report.latency[engine] = parts
             self.report.latency_settings[engine] = LatencySettings(
                 dtype=variant.dtype,
+                devices={component: opened.device for component, opened in compressed.engines.items()},
                 threads=self.threads,
                 workload=workload,
                 seconds_per_part=seconds,

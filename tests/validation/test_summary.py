@@ -78,6 +78,11 @@ def test_the_settings_that_change_a_figure(report):
     text = " ".join(printed(latency_table(report)).split())
     assert "fp32, 2 threads; on CPUs 0-1,3; 2 warm-up rounds, then 5 s a part, both networks in turn; host to host; load" in text
     assert "load average before 0.4" in text
+    settings = report.latency_settings["ort"]
+    settings.devices = {"vision_encoder": "cuda", "decoder_model_merged": "cuda"}
+    assert "fp32 on cuda, 2 threads" in " ".join(printed(latency_table(report)).split())
+    settings.devices["decoder_model_merged"] = "cpu"
+    assert "fp32 on vision_encoder cuda, decoder_model_merged cpu, 2 threads" in " ".join(printed(latency_table(report)).split())
 
 
 def test_without_an_original(report):

@@ -114,6 +114,7 @@ def test_everything_that_can_be_measured_is(bundle, tmp_path):
     assert report.numerics["generation"].identical_token_ids == report.numerics["generation"].prompts == 10
     assert report.accuracy["vqa"].n == 9 and report.accuracy["vqa"].engine == "ort" and report.accuracy["vqa"].original is not None
     assert list(report.latency) == ["ort"] and list(report.latency["ort"]) == ["vision", "prefill", "decode", "end_to_end"]
+    assert report.latency_settings["ort"].devices == {"decoder_model_merged": "cpu"}
     assert report.latency["ort"]["decode"].flops_kept == pytest.approx(
         bundle.manifest.flops.parts["decode"]["compressed"] / bundle.manifest.flops.parts["decode"]["original"]
     )
