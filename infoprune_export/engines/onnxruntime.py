@@ -40,6 +40,8 @@ _TYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
+Provider = str | tuple[str, dict[str, str]]
+"""An execution provider's name, alone or with its options."""
 _QUIET = 3
 """ONNX Runtime's log level for errors alone."""
 
@@ -65,7 +67,7 @@ class OrtEngine(Engine):
         self._binds = self.device != "cpu" or any(dtype.name == "bfloat16" for dtype in self._dtypes.values())
 
     @classmethod
-    def open(cls, path: Path, threads: int | None = None, providers: Sequence[str] | None = None, optimise: bool = True) -> OrtEngine:
+    def open(cls, path: Path, threads: int | None = None, providers: Sequence[Provider] | None = None, optimise: bool = True) -> OrtEngine:
         """Opens a graph.
 
         Args:
@@ -202,7 +204,7 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
 
 
 def _session(
-    path: Path, options: onnxruntime.SessionOptions, providers: list[str], changed: bytes | None = None
+    path: Path, options: onnxruntime.SessionOptions, providers: list[Provider], changed: bytes | None = None
 ) -> onnxruntime.InferenceSession:
     """Opens a graph, or what was made of it without its weights."""
     try:
@@ -212,16 +214,16 @@ def _session(
         raise InputError(f"ONNX Runtime cannot open this graph ({_reason(e)})", where=path, mend=mend) from e
 
 
-def _default_providers(model: onnx.ModelProto) -> list[str]:
+def _default_providers(model: onnx.ModelProto) -> list[Provider]:
     """CUDA where there is one, then CPU; CPU alone for a decoder that works on its cache in place.
 
     CUDA's GroupQueryAttention has neither fp32 nor a bias on the scores, which is how such a decoder takes its mask: half precision would
     fail there, and fp32 go back and forth between the devices in every layer, silently.
     """
     in_place = any(axis.dim_param == CAPACITY for x in model.graph.input for axis in x.type.tensor_type.shape.dim)
-    wanted = ("CPUExecutionProvider",) if in_place else ("CUDAExecutionProvider", "CPUExecutionProvider")
-    available = onnxruntime.get_available_providers()
-    return [p for p in wanted if p in available]
+    if in_place or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ["CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]  # else fp32 products have half precision's ten bits
 
 
 def _reason(error: Exception) -> str:

@@ -128,7 +128,7 @@ def test_cuda_gets_the_graphs_that_it_has_kernels_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(ort, "_session", on_the_cpu)
     monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     engines = [OrtEngine.open(path, threads=1) for path in (portable, in_place)]
-    assert asked == [["CUDAExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]]
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"], ["CPUExecutionProvider"]]
     assert engines[1].device == "cpu" and engines[1].open_cache(1, 8) is not None
 
 
