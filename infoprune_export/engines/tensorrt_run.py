@@ -169,7 +169,8 @@ class TensorRTEngine(Engine):
         sizes = ", ".join(
             f"{name} {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_key_values.") or ".0." in name
         )
-        raise InputError(f"was not built for these shapes: {sizes}", where=self._path, mend="build it for a larger workload")
+        mend = "use shorter or fewer prompts and images, or make the bundle from a recipe with a larger workload"
+        raise InputError(f"was not built for these shapes: {sizes}", where=self._path, mend=mend)
 
     def _covers(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self._engine.get_tensor_profile_shape(name, profile)

@@ -14,6 +14,7 @@ from infoprune_export.bundle import COMPONENTS, Bundle, QuantisedWeights
 from infoprune_export.data.images import ImageRef
 from infoprune_export.engines import onnxruntime, tensorrt_run
 from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.recipe import Workload
 from infoprune_export.runtime.generate import generate
 from infoprune_export.runtime.images import ImageProcessor
 from infoprune_export.runtime.prompts import Prompts
@@ -99,6 +100,24 @@ def test_tensorrt_engines_are_found_in_the_type_they_were_built_in(quantised: Bu
 
     monkeypatch.setattr(tensorrt_run, "find_engine", find)
     assert first_held(quantised, "trt") == "q4f16"
+
+
+def test_an_answer_that_tensorrts_engines_have_no_room_for_is_not_begun(bundle_dir: Path, tmp_path: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(bundle_dir, tmp_path / "b"))
+    bundle.manifest.workload = Workload(images=0, image_tokens=0, text_tokens=30, new_tokens=4)  # engines for 64 tokens
+    bundle.write_manifest()
+    prompts = Prompts.from_directory(bundle.path)
+    prompt = len(prompts.encode("what shape?", images=0))
+    longer = next(text for n in range(60) if len(prompts.encode(text := "what shape? " * n, images=0)) > 64)
+    room = 64 - prompt + 1
+    ask = lambda prompt, new: generate(bundle.path, [], prompt, engine="trt", max_new_tokens=new)
+    told = f"takes {prompt} tokens, its answer up to {room + 1}, .* built for 64\ngive --max-new-tokens {room}, or"
+    with pytest.raises(InputError, match=told):
+        ask("what shape?", room + 1)
+    with pytest.raises(InputError, match="ask a shorter question, or make the bundle from a recipe with a longer workload"):
+        ask(longer, 1)
+    with pytest.raises(MissingRequirement):  # of a GPU
+        ask("what shape?", room)
 
 
 def test_without_pytorch_and_transformers() -> None:
