@@ -137,9 +137,13 @@ class Buffer:
         self._cuda, self._size, self.address = cuda, 0, 0
 
     def reserve(self, size: int) -> None:
-        """Makes room for at least `size` bytes; what was in it is lost when it has to grow."""
+        """Makes room for at least `size` bytes; what was in it is lost when it has to grow.
+
+        It grows by half at least, so that a cache, a token longer at every step, is not allocated anew at every step.
+        """
         size = max(size, 1)  # TensorRT wants an address for empty tensors too
         if size > self._size:
+            size = max(size, self._size * 3 // 2)
             self.free()
             address = c_uint64()
             self._cuda.call("cuMemAlloc_v2", byref(address), c_size_t(size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +67,16 @@ def _require_driver() -> None:
         raise MissingRequirement("no NVIDIA driver here, and TensorRT engines run on a GPU only", mend="run this on the target")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """An output that stayed on the device, to be fed again."""
+    """An output that stayed on the device, to be fed again; its memory goes back to the engine when nobody wants it any more."""
 
     shape: tuple[int, ...]
     buffer: cuda.Buffer
+    spare: list[cuda.Buffer]
+
+    def __del__(self) -> None:
+        self.spare.append(self.buffer)
 
 
 class TensorRTEngine(Engine):
@@ -103,6 +108,7 @@ class TensorRTEngine(Engine):
         self.inputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
         self._buffers = {name: cuda.Buffer(driver) for name in names}
+        self._spare: dict[str, list[cuda.Buffer]] = {name: [] for name in names}
         self._profile: int | None = None
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -129,11 +135,15 @@ class TensorRTEngine(Engine):
         results: dict[str, Any] = {}
         for spec in self.outputs:
             shape = tuple(self._context.get_tensor_shape(spec.name))
-            host = np.empty(shape, spec.dtype)
-            buffer = cuda.Buffer(self._driver) if spec.name in stay else self._buffers[spec.name]
-            buffer.reserve(host.nbytes)
+            if spec.name in stay:
+                spare = self._spare[spec.name]
+                array = DeviceArray(shape, spare.pop() if spare else cuda.Buffer(self._driver), spare)
+                buffer = array.buffer
+            else:
+                array, buffer = np.empty(shape, spec.dtype), self._buffers[spec.name]
+            buffer.reserve(math.prod(shape) * spec.dtype.itemsize)
             self._context.set_tensor_address(spec.name, buffer.address)
-            results[spec.name] = DeviceArray(shape, buffer) if spec.name in stay else host
+            results[spec.name] = array
         if not self._context.execute_async_v3(self._stream.handle):
             raise InputError("TensorRT could not run it; its message is above", where=self._path)
         for name in wanted:

@@ -99,7 +99,27 @@ def test_a_cache_stays_on_the_device(device, engine_file):
     np.testing.assert_array_equal(engine.run({"x": row(5), "past": out["present"]})["present"], row(1, 2, 3, 4, 5))
 
 
-def test_the_cache_of_earlier_steps_is_freed(device, engine_file):
+def test_steps_take_the_memory_of_caches_that_nobody_wants_any_more(device, engine_file):
+    engine = load_engine(engine_file)
+
+    def answer():
+        out = engine.run_on_device({"x": row(1), "past": EMPTY}, ["present"])
+        kept = [out["present"]]
+        for value in range(2, 7):
+            out = engine.run_on_device({"x": row(value), "past": out["present"]}, ["present"])
+        return [*kept, out["present"]]
+
+    caches = answer()
+    assert caches[0].buffer is not caches[1].buffer
+    np.testing.assert_array_equal(engine.run({"x": row(9), "past": caches[0]})["present"], row(1, 9))
+    del caches
+    answer()
+    allocations = device.allocations
+    answer()
+    assert device.allocations == allocations
+
+
+def test_the_cache_of_earlier_steps_is_given_back(device, engine_file):
     engine = load_engine(engine_file)
     out = engine.run_on_device({"x": row(1), "past": EMPTY}, ["present"])
     sizes = []
