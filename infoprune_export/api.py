@@ -171,10 +171,16 @@ def validate(
 
     Returns:
         The report; `report.passed` says whether its gates passed.
+
+    Raises:
+        InputError: not a bundle, one that was changed, or one in a directory that cannot be written.
+        InfoPruneError: see `validation.validate.validate_bundle` and `Report.write`.
     """
+    from infoprune_export.validation.report import check_writable
     from infoprune_export.validation.validate import validate_bundle
 
     bundle = Bundle.open(directory)
+    check_writable(bundle.path)
     baseline = None if original is None else Bundle.open(original)
     report = validate_bundle(bundle, original=baseline, max_drop=max_drop, min_speedup=min_speedup, **options)
     report.write(bundle.path, bundle.plan())

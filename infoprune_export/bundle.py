@@ -87,9 +87,9 @@ class Manifest(_Strict):
         return [quantised(dtype, self.weights.type) for dtype in self.dtypes] if self.weights else []
 
     @property
-    def precision(self) -> Precision:
-        """What the bundle was made for: quantised weights where they were asked for, in the first type."""
-        return [*self.quantised, *self.dtypes][0]
+    def precisions(self) -> list[Precision]:
+        """Precisions of the compressed network, first what the bundle was made for: quantised weights where they were asked for."""
+        return [*self.quantised, *self.dtypes]
 
 
 def component_precision(component: str, precision: Precision) -> Precision:

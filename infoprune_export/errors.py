@@ -42,7 +42,7 @@ class MissingRequirement(InfoPruneError):
 
 
 class NotEnough(InfoPruneError):
-    """Not enough memory or disk for the work, found out before it starts."""
+    """Not enough memory or disk for the work; where it can be predicted, found out before it starts."""
 
     exit_code = 4
 

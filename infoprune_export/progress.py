@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Progress(Protocol):
@@ -71,7 +74,6 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
-        start = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -81,34 +83,51 @@ class Terminal:
         )
         with RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task = bars.add_task(name, total=total, figures="")
-            last, done, told = "", 0, start
+            lines = _Lines(self.console, name)
+            last, done = "", 0
 
             def advance(n: int, figures: str = "") -> None:
-                nonlocal last, done, told
-                last, done, now = figures, done + n, time.monotonic()
+                nonlocal last, done
+                last, done = figures, done + n
                 bars.update(task, advance=n, figures=figures)
-                if not self.console.is_terminal and done < total and now - told >= LINE_EVERY:
-                    told = now
-                    self.console.print(f"  {name} {done}/{total}, {_left(now - start, done, total)}{f', {figures}' * bool(figures)}")
+                lines.on_the_way(done, total, figures)
 
             yield advance
-        shown = f", {last}" if last else ""
-        self.console.print(f"[green]✓[/] {name} [dim]{total} in {time.monotonic() - start:.1f} s{shown}[/]")
+        lines.end(total, last)
 
     def counter(self) -> Callable[[str, int, int], None]:
-        started: dict[str, float] = {}
+        under_way: dict[str, _Lines] = {}
 
         def told(what: str, done: int, total: int) -> None:
-            start = started.setdefault(what, time.monotonic())
+            lines = under_way.setdefault(what, _Lines(self.console, what))
             if done >= total:
-                self.console.print(f"[green]✓[/] {what} [dim]{total} in {time.monotonic() - start:.1f} s[/]")
+                under_way.pop(what).end(total)
             elif self.console.is_terminal:
                 self.console.print(f"  {what} {done}/{total}", end="\r")
+            lines.on_the_way(done, total)
 
         return told
 
     def note(self, line: str) -> None:
         self.console.print(line, markup=False)
+
+
+class _Lines:
+    """What is said of one piece of work in lines: that it is done, and where there is no terminal, once a minute how far it is."""
+
+    def __init__(self, console: Console, name: str):
+        self.console, self.name = console, name
+        self.start = self.told = time.monotonic()
+
+    def on_the_way(self, done: int, total: int, figures: str = "") -> None:
+        now = time.monotonic()
+        if not self.console.is_terminal and 0 < done < total and now - self.told >= LINE_EVERY:
+            self.told = now
+            self.console.print(f"  {self.name} {done}/{total}, {_left(now - self.start, done, total)}{f', {figures}' * bool(figures)}")
+
+    def end(self, total: int, figures: str = "") -> None:
+        seconds = time.monotonic() - self.start
+        self.console.print(f"[green]✓[/] {self.name} [dim]{total} in {seconds:.1f} s{f', {figures}' * bool(figures)}[/]")
 
 
 class Events:
@@ -139,10 +158,11 @@ class Events:
         started: dict[str, float] = {}
 
         def told(what: str, done: int, total: int) -> None:
-            start = started.setdefault(what, time.monotonic())
+            if what not in started:
+                started[what] = self._begin(what, total=total)
             self._write("advance", what=what, done=done, total=total)
             if done >= total:
-                self._write("done", what=what, total=total, seconds=time.monotonic() - start)
+                self._write("done", what=what, total=total, seconds=time.monotonic() - started.pop(what))
 
         return told
 

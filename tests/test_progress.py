@@ -32,6 +32,22 @@ def test_without_a_terminal_there_is_a_line_a_minute(clock, capsys, monkeypatch)
     ]
 
 
+def test_what_is_counted_has_a_line_a_minute_too(clock, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    told = Terminal().counter()
+    for done in range(5):
+        told("vqa, compressed", done, 4)
+        clock[0] += 45
+    told("vqa, compressed", 0, 1)
+    told("vqa, compressed", 1, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "  vqa, compressed 2/4, about 1 min left",
+        "✓ vqa, compressed 4 in 180.0 s",
+        "✓ vqa, compressed 1 in 0.0 s",
+    ]
+
+
 def test_quick_work_is_told_once(clock, capsys):
     with Terminal().bar("factors", 4) as advance:
         advance(4)
@@ -46,8 +62,9 @@ def test_events_are_json_a_line_each(clock, capsys):
         advance(1)
         advance(1, "loss 3")
     told = events.counter()
-    told("vqa", 1, 2)
-    told("vqa", 2, 2)
+    for done in range(3):
+        told("vqa", done, 2)
+        clock[0] += 1
     events.note("a line")
     out, err = capsys.readouterr()
     assert not out
@@ -58,9 +75,11 @@ def test_events_are_json_a_line_each(clock, capsys):
         {"event": "advance", "what": "statistics", "done": 1, "total": 2},
         {"event": "advance", "what": "statistics", "done": 2, "total": 2, "figures": "loss 3"},
         {"event": "done", "what": "statistics", "total": 2, "seconds": 0.0},
+        {"event": "begin", "what": "vqa", "total": 2},
+        {"event": "advance", "what": "vqa", "done": 0, "total": 2},
         {"event": "advance", "what": "vqa", "done": 1, "total": 2},
         {"event": "advance", "what": "vqa", "done": 2, "total": 2},
-        {"event": "done", "what": "vqa", "total": 2, "seconds": 0.0},
+        {"event": "done", "what": "vqa", "total": 2, "seconds": 2.0},
         {"event": "note", "line": "a line"},
     ]
 

@@ -33,7 +33,7 @@ def small(tmp_path_factory, run, small_model, bundle):
 
 def test_quantised_graphs_and_engines_lie_beside_the_float_ones(small):
     opened = Bundle.open(small)
-    assert opened.manifest.precision == "q4"
+    assert opened.manifest.precisions == ["q4", "fp32"]
     for component, name, share in ((VISION, "vision_encoder_int8", 0.4), (DECODER, "decoder_model_merged_q4", 0.25)):
         for place in ("onnx", "engines/ort"):
             assert {f"{component}.onnx", f"{name}.onnx"} <= {p.name for p in (small / place).iterdir()}
@@ -84,7 +84,8 @@ def test_generate_runs_the_quantised_network(run, small, picture, tmp_path):
     for engine in ("ort", "onnx"):
         assert run("generate", small, *asked, "--engine", engine).stdout.strip()
     broken = Path(shutil.copytree(small, tmp_path / "broken"))
-    (broken / "engines" / "ort" / "decoder_model_merged_q4.onnx").unlink()
+    for name in ("decoder_model_merged_q4.onnx", "decoder_model_merged.onnx"):
+        (broken / "engines" / "ort" / name).unlink()
     Bundle(broken, Bundle.open(small).manifest).write_manifest()
     assert "has no decoder_model_merged for ort in q4" in run("generate", broken, *asked, code=2).stderr
 

@@ -19,14 +19,20 @@ def show_plan(plan: Any, as_json: bool) -> None:
 
 
 def show_report(directory: Path, report: Any, as_json: bool) -> None:
+    """A report that was written: its figures, where it is, and exit code 1 where a gate failed."""
+    show_figures(report, as_json)
+    if not as_json:
+        say(f"bundle: {directory}    report: {directory}/report.html")
+    report.raise_for_gates()
+
+
+def show_figures(report: Any, as_json: bool) -> None:
     if as_json:
         click.echo(report.to_json())
     else:
         from infoprune_export.validation.summary import summary_table
 
         show(summary_table(report))
-        say(f"bundle: {directory}    report: {directory}/report.html")
-    report.raise_for_gates()
 
 
 def show(renderable: Any) -> None:

@@ -9,7 +9,7 @@ import click
 
 from infoprune_export import __version__
 from infoprune_export.cli.options import Cpus, PlanFile, options
-from infoprune_export.cli.showing import print_json, say, show, show_plan, show_report
+from infoprune_export.cli.showing import print_json, say, show, show_figures, show_plan, show_report
 
 
 class _Verbs(click.Group):
@@ -111,9 +111,12 @@ def build(directory: Path, targets: tuple[str, ...], weights: str | None, archs:
 def validate(directory: Path, original: Path | None, as_json: bool, **given: Any) -> None:
     """Measure a bundle against its original; write report.json and report.html."""
     from infoprune_export.bundle import Bundle
+    from infoprune_export.errors import InfoPruneError
+    from infoprune_export.validation.report import check_writable
     from infoprune_export.validation.validate import validate_bundle
 
     bundle = Bundle.open(directory)
+    check_writable(directory)
     progress = _progress(given)
     report = validate_bundle(
         bundle,
@@ -124,7 +127,11 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
         notify=progress.note,
         progress=progress.counter(),
     )
-    report.write(directory, bundle.plan())
+    try:
+        report.write(directory, bundle.plan())
+    except InfoPruneError:
+        show_figures(report, as_json)  # they took minutes to measure
+        raise
     show_report(directory, report, as_json)
 
 

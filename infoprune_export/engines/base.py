@@ -79,10 +79,17 @@ class CacheBuffers(ABC):
 
 
 class Engine(ABC):
-    """One component (vision encoder, embedding, decoder) ready to run."""
+    """One component (vision encoder, embedding, decoder) ready to run.
+
+    Attributes:
+        inputs: What `run` takes.
+        outputs: What it gives.
+        device: Where it runs, `cpu` or `cuda`.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    device: str
 
     @abstractmethod
     def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:

@@ -66,7 +66,7 @@ def build_into(
         MissingRequirement, NotEnough: see `engines.tensorrt.build`.
     """
     progress = progress or Silent()
-    precision = precision or _present_dtype(root, target)
+    precision = precision or _present_dtype(root, target, progress)
     make = _trt_maker(root, workload, archs) if target == "trt" else partial(_build_ort, root / "engines" / "ort")
     built: list[Path] = []
     for component in COMPONENTS:
@@ -111,6 +111,7 @@ def build_bundle(
         InputError: no bundle, one that changed since it was written, or one with weights quantised otherwise.
         MissingRequirement, NotEnough: see `build_into`; the bundle stays as it was.
     """
+    progress = progress or Silent()
     check_target(target, archs)
     bundle = Bundle.open(path)
     manifest = bundle.manifest
@@ -121,7 +122,7 @@ def build_bundle(
         _share_tree(path, space.path)
         if weights and not manifest.weights:
             manifest.weights = add_quantised(space.path / "onnx", manifest.dtypes, weights, progress)
-        dtype = dtype or _present_dtype(space.path, target)
+        dtype = dtype or _present_dtype(space.path, target, progress)
         precisions = [dtype, *([quantised(dtype, manifest.weights.type)] if manifest.weights else [])]
         built = [file for p in precisions for file in build_into(space.path, target, manifest.workload, p, archs, progress)]
         if original and bundle.has_original:
@@ -163,10 +164,13 @@ def _build_ort(out: Path, component: str, graph: Path) -> list[Path]:
     return [onnxruntime.build(graph, out / graph.name)]
 
 
-def _present_dtype(root: Path, target: EngineTarget) -> Dtype:
-    """The preferred type of graph among those that are there for every component."""
+def _present_dtype(root: Path, target: EngineTarget, progress: Progress) -> Dtype:
+    """The preferred type of graph among those that are there for every component; says so where it is not the best."""
+    best = PREFERRED[target][0]
     for dtype in PREFERRED[target]:
         if all((root / "onnx" / graph_file(component, dtype)).is_file() for component in COMPONENTS):
+            if dtype != best:
+                progress.note(f"engines for {target} are built in {dtype}: there are no {best} graphs (--dtype {best} makes some)")
             return dtype
     raise InputError("has no complete set of graphs", where=root / "onnx", mend="make the bundle again: infoprune-export MODEL --out DIR")
 

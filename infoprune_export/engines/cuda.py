@@ -50,7 +50,7 @@ class Driver:
         """
         status = getattr(self._library, function)(*arguments)
         if status == OUT_OF_MEMORY:
-            raise NotEnough("the GPU has no memory left", mend="end other programs on it (see nvidia-smi), or use a smaller workload")
+            raise no_memory()
         if status:
             name = c_char_p()
             self._library.cuGetErrorName(status, byref(name))
@@ -69,6 +69,12 @@ class Driver:
         self.call("cuDriverGetVersion", byref(version))
         return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
+    def free_memory(self) -> int:
+        """Bytes that are free on the device whose context this thread has."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", byref(free), byref(total))
+        return free.value
+
     def _gpu(self, ordinal: int) -> Gpu:
         device, major, minor, memory = c_int(), c_int(), c_int(), c_size_t()
         name = ctypes.create_string_buffer(128)
@@ -85,6 +91,11 @@ class Driver:
         self.call("cuDeviceGet", byref(device), ordinal)
         self.call("cuDevicePrimaryCtxRetain", byref(context), device)
         self.call("cuCtxSetCurrent", context)
+
+
+def no_memory(where: object = None) -> NotEnough:
+    """The error for a device that is full."""
+    return NotEnough("the GPU has no memory left", where=where, mend="end other programs on it (see nvidia-smi), or use a smaller workload")
 
 
 @functools.cache
@@ -126,9 +137,13 @@ class Buffer:
         self._cuda, self._size, self.address = cuda, 0, 0
 
     def reserve(self, size: int) -> None:
-        """Makes room for at least `size` bytes; what was in it is lost when it has to grow."""
+        """Makes room for at least `size` bytes; what was in it is lost when it has to grow.
+
+        It grows by half at least, so that a cache, a token longer at every step, is not allocated anew at every step.
+        """
         size = max(size, 1)  # TensorRT wants an address for empty tensors too
         if size > self._size:
+            size = max(size, self._size * 3 // 2)
             self.free()
             address = c_uint64()
             self._cuda.call("cuMemAlloc_v2", byref(address), c_size_t(size))

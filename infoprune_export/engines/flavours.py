@@ -54,9 +54,14 @@ class Flavour:
         """Whether an engine holds its weights once for every profile."""
         return self.name == "tensorrt-rtx"
 
+    @property
+    def builds_for(self) -> tuple[str, ...]:
+        """Architectures that it builds for on this machine: `tensorrt` works on the first GPU, whatever others there are."""
+        return tuple(gpu.arch for gpu in gpus()[:1]) if self.name == "tensorrt" else self.ahead_of_time
+
     def can_build(self, arch: str) -> bool:
         """Whether it builds for an architecture on this machine."""
-        return arch in self.ahead_of_time or (self.name == "tensorrt" and arch in {gpu.arch for gpu in gpus()})
+        return arch in self.builds_for
 
 
 @functools.cache
@@ -121,8 +126,14 @@ def parse_arch(text: str) -> str:
 
 
 def default_archs() -> list[str]:
-    """Architectures of the GPUs present, without repeats; a fixed list on a machine without one."""
-    return list(dict.fromkeys(gpu.arch for gpu in gpus())) or list(DEFAULT_ARCHS)
+    """Architectures of the GPUs present, without repeats; a fixed list on a machine without one. `tensorrt` builds for the first GPU alone.
+
+    Raises:
+        MissingRequirement: see `find_flavour`.
+    """
+    usual = find_flavour()
+    present = usual.builds_for if usual.name == "tensorrt" else (gpu.arch for gpu in gpus())
+    return list(dict.fromkeys(present)) or list(DEFAULT_ARCHS)
 
 
 def check_archs(flavour: Flavour, archs: Sequence[str]) -> None:
@@ -132,9 +143,13 @@ def check_archs(flavour: Flavour, archs: Sequence[str]) -> None:
         MissingRequirement: naming the first architecture that it cannot build for.
     """
     for arch in archs:
-        if not flavour.can_build(arch):
-            able = ", ".join(flavour.ahead_of_time) or ", ".join(gpu.arch for gpu in gpus())
-            raise unsupported(flavour, arch, f"here it builds for {able}")
+        if flavour.can_build(arch):
+            continue
+        able, present = ", ".join(flavour.builds_for), [gpu.arch for gpu in gpus()]
+        if flavour.name == "tensorrt" and arch in present:
+            what = f"tensorrt builds on the first GPU of this machine, and that is for {able}, not for {arch}"
+            raise MissingRequirement(what, mend=f"make the other one the first: set CUDA_VISIBLE_DEVICES={present.index(arch)}")
+        raise unsupported(flavour, arch, f"here it builds for {able}")
 
 
 def unsupported(flavour: Flavour, arch: str, why: str) -> MissingRequirement:

@@ -40,6 +40,8 @@ _TYPES = {
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
 }
+Provider = str | tuple[str, dict[str, str]]
+"""An execution provider's name, alone or with its options."""
 _QUIET = 3
 """ONNX Runtime's log level for errors alone."""
 
@@ -50,6 +52,7 @@ class OrtEngine(Engine):
     Attributes:
         path: Of the graph.
         session: ONNX Runtime's.
+        device: `cpu`, or `cuda` where most of the graph runs there.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, path: Path):
@@ -59,18 +62,18 @@ class OrtEngine(Engine):
         self.outputs = tuple(_spec(x, path) for x in session.get_outputs())
         self._dtypes = {x.name: x.dtype for x in (*self.inputs, *self.outputs)}
         self._names = [x.name for x in self.outputs]
-        self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        self.device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
         # Binding costs a tenth of a millisecond a run, so it is kept for what plain calls cannot do.
-        self._binds = self._device != "cpu" or any(dtype.name == "bfloat16" for dtype in self._dtypes.values())
+        self._binds = self.device != "cpu" or any(dtype.name == "bfloat16" for dtype in self._dtypes.values())
 
     @classmethod
-    def open(cls, path: Path, threads: int | None = None, providers: Sequence[str] | None = None, optimise: bool = True) -> OrtEngine:
+    def open(cls, path: Path, threads: int | None = None, providers: Sequence[Provider] | None = None, optimise: bool = True) -> OrtEngine:
         """Opens a graph.
 
         Args:
             path: ONNX file, its external data beside it.
             threads: Threads within one operator; all cores when None.
-            providers: ONNX Runtime's execution providers; CUDA where there is one, then CPU, when None.
+            providers: ONNX Runtime's execution providers; CUDA where there is one and it can run the graph, then CPU, when None.
             optimise: Let ONNX Runtime optimise the graph for this machine while it loads.
 
         Raises:
@@ -78,11 +81,11 @@ class OrtEngine(Engine):
                 missing, cut off or outside the directory.
             MissingRequirement: a bfloat16 graph without the package ml_dtypes.
         """
-        read_graph(path)
+        model = read_graph(path)
         options = _options(threads)
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return cls(_session(path, options, list(providers or _default_providers())), path)
+        return cls(_session(path, options, list(providers or _default_providers(model))), path)
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         return self._run(feeds, self._names if outputs is None else outputs, ())
@@ -91,7 +94,7 @@ class OrtEngine(Engine):
         return self._run(feeds, self._names, stay)
 
     def open_cache(self, batch: int, capacity: int) -> OrtCacheBuffers | None:
-        in_place = self._device == "cpu" and any(CAPACITY in x.shape for x in self.inputs)
+        in_place = self.device == "cpu" and any(CAPACITY in x.shape for x in self.inputs)
         return OrtCacheBuffers(self, batch, capacity) if in_place else None
 
     def run_binding(self, binding: onnxruntime.IOBinding) -> None:
@@ -121,7 +124,7 @@ class OrtEngine(Engine):
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
-            binding.bind_output(name, self._device if name in stay else "cpu")
+            binding.bind_output(name, self.device if name in stay else "cpu")
         self.session.run_with_iobinding(binding)
         results = zip(outputs, binding.get_outputs(), strict=True)
         return {name: value if name in stay else _to_numpy(value, self._dtypes[name]) for name, value in results}
@@ -201,7 +204,7 @@ def _options(threads: int | None) -> onnxruntime.SessionOptions:
 
 
 def _session(
-    path: Path, options: onnxruntime.SessionOptions, providers: list[str], changed: bytes | None = None
+    path: Path, options: onnxruntime.SessionOptions, providers: list[Provider], changed: bytes | None = None
 ) -> onnxruntime.InferenceSession:
     """Opens a graph, or what was made of it without its weights."""
     try:
@@ -211,9 +214,16 @@ def _session(
         raise InputError(f"ONNX Runtime cannot open this graph ({_reason(e)})", where=path, mend=mend) from e
 
 
-def _default_providers() -> list[str]:
-    available = onnxruntime.get_available_providers()
-    return [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in available]
+def _default_providers(model: onnx.ModelProto) -> list[Provider]:
+    """CUDA where there is one, then CPU; CPU alone for a decoder that works on its cache in place.
+
+    CUDA's GroupQueryAttention has neither fp32 nor a bias on the scores, which is how such a decoder takes its mask: half precision would
+    fail there, and fp32 go back and forth between the devices in every layer, silently.
+    """
+    in_place = any(axis.dim_param == CAPACITY for x in model.graph.input for axis in x.type.tensor_type.shape.dim)
+    if in_place or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return ["CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]  # else fp32 products have half precision's ten bits
 
 
 def _reason(error: Exception) -> str:

@@ -127,6 +127,7 @@ class _Network:
 
     def _config(self, arch: str, profiles: Sequence[Profile]):
         config = self._builder.create_builder_config()
+        config.clear_flag(self._flavour.module.BuilderFlag.TF32)  # else fp32 products have half precision's ten bits
         if self._flavour.ahead_of_time:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(self._flavour.module.ComputeCapability, arch.upper()), 0)

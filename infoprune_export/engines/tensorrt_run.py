@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def load_engine(path: Path) -> TensorRTEngine:
     Raises:
         MissingRequirement: no driver, or the engine's flavour is not installed.
         InputError: a file that TensorRT does not take on this GPU.
+        NotEnough: the GPU has too little memory for it.
     """
     _require_driver()
     name = path.parent.parent.name
@@ -65,24 +67,33 @@ def _require_driver() -> None:
         raise MissingRequirement("no NVIDIA driver here, and TensorRT engines run on a GPU only", mend="run this on the target")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """An output that stayed on the device, to be fed again."""
+    """An output that stayed on the device, to be fed again; its memory goes back to the engine when nobody wants it any more."""
 
     shape: tuple[int, ...]
     buffer: cuda.Buffer
+    spare: list[cuda.Buffer]
+
+    def __del__(self) -> None:
+        self.spare.append(self.buffer)
 
 
 class TensorRTEngine(Engine):
     """A deserialised engine with device memory that grows to the largest shapes seen."""
+
+    device = "cuda"
 
     def __init__(self, path: Path, flavour: Flavour, driver: cuda.Driver):
         self._path, trt = path, flavour.module
         driver.enter()
         self._stream = cuda.Stream(driver)
         self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        data = path.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
+            if driver.free_memory() < len(data):  # TensorRT gives no reason; its weights are most of the file
+                raise cuda.no_memory(path)
             raise InputError(
                 f"{flavour.name} {flavour.version} does not take this engine on this GPU",
                 where=path,
@@ -90,11 +101,14 @@ class TensorRTEngine(Engine):
             )
         self._driver = driver
         self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise cuda.no_memory(path)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         specs = {name: self._spec(name, trt) for name in names}
         self.inputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
         self._buffers = {name: cuda.Buffer(driver) for name in names}
+        self._spare: dict[str, list[cuda.Buffer]] = {name: [] for name in names}
         self._profile: int | None = None
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -121,11 +135,15 @@ class TensorRTEngine(Engine):
         results: dict[str, Any] = {}
         for spec in self.outputs:
             shape = tuple(self._context.get_tensor_shape(spec.name))
-            host = np.empty(shape, spec.dtype)
-            buffer = cuda.Buffer(self._driver) if spec.name in stay else self._buffers[spec.name]
-            buffer.reserve(host.nbytes)
+            if spec.name in stay:
+                spare = self._spare[spec.name]
+                array = DeviceArray(shape, spare.pop() if spare else cuda.Buffer(self._driver), spare)
+                buffer = array.buffer
+            else:
+                array, buffer = np.empty(shape, spec.dtype), self._buffers[spec.name]
+            buffer.reserve(math.prod(shape) * spec.dtype.itemsize)
             self._context.set_tensor_address(spec.name, buffer.address)
-            results[spec.name] = DeviceArray(shape, buffer) if spec.name in stay else host
+            results[spec.name] = array
         if not self._context.execute_async_v3(self._stream.handle):
             raise InputError("TensorRT could not run it; its message is above", where=self._path)
         for name in wanted:
@@ -161,7 +179,8 @@ class TensorRTEngine(Engine):
         sizes = ", ".join(
             f"{name} {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_key_values.") or ".0." in name
         )
-        raise InputError(f"was not built for these shapes: {sizes}", where=self._path, mend="build it for a larger workload")
+        mend = "use shorter or fewer prompts and images, or make the bundle from a recipe with a larger workload"
+        raise InputError(f"was not built for these shapes: {sizes}", where=self._path, mend=mend)
 
     def _covers(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self._engine.get_tensor_profile_shape(name, profile)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.data.images import ImageRef
+from infoprune_export.engines.profiles import capacity
+from infoprune_export.errors import InputError
 from infoprune_export.precision import Precision, float_type
+from infoprune_export.recipe import Workload
+from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.images import ImageProcessor
 from infoprune_export.runtime.prompts import Prompts
-from infoprune_export.runtime.session import EngineName, Session
+from infoprune_export.runtime.session import EngineName, Session, first_held
 
 
 def generate(
@@ -32,7 +36,7 @@ def generate(
         images: Image files, in the order of the prompt's image tokens; may be none.
         prompt: The question. Where it has no image token, the images go before it.
         engine: What runs the model; ONNX Runtime's engines where the bundle has them, else the portable graphs, when None.
-        dtype: Which of the bundle's precisions; the quantised one where it has that, else its first type, when None.
+        dtype: Which of the bundle's precisions; when None, the quantised one where the engine has that, else the first type that it has.
         max_new_tokens: Most tokens to make.
         original: Ask the uncompressed model that was kept for comparison.
         threads: CPU threads; all cores when None.
@@ -42,7 +46,8 @@ def generate(
         Pieces of the answer; the work of each is done when it is asked for.
 
     Raises:
-        InputError: a bundle, image or prompt that cannot be used; before the first piece.
+        InputError: a bundle, image or prompt that cannot be used, or a prompt and an answer for which TensorRT's engines were not built;
+            before the first piece.
         MissingRequirement: this machine lacks what the engine needs.
     """
     bundle = Bundle.open(bundle_dir)
@@ -51,8 +56,11 @@ def generate(
     pictures = [ImageRef(Path(path)).open() for path in images]
     pixels = ImageProcessor.from_directory(bundle.path)(pictures) if pictures else None
     engine = engine or ("ort" if bundle.engines("ort", original).is_dir() else "onnx")
-    dtype = dtype or bundle.manifest.precision
-    if original:  # which is never quantised
+    if engine == "trt":
+        _check_room(len(ids), max_new_tokens, bundle.manifest.workload, ModelConfig.from_directory(bundle.path).max_positions)
+    if dtype is None:
+        dtype = first_held(bundle, engine, original)
+    elif original:  # which is never quantised
         dtype = float_type(dtype)
     session = Session.open(bundle, engine=engine, dtype=dtype, original=original, threads=threads)
 
@@ -65,6 +73,19 @@ def generate(
         yield stream.finish()
 
     return _without_leading_space(pieces())
+
+
+def _check_room(prompt: int, new: int, workload: Workload, positions: int | None) -> None:
+    """Makes sure that no answer ends in its middle where TensorRT's profiles do."""
+    most = capacity(workload)
+    room = most - prompt + 1  # the last token is never read
+    if (new if positions is None else min(new, positions - prompt + 1)) <= room:
+        return
+    mend = "make the bundle from a recipe with a longer workload"
+    raise InputError(
+        f"the prompt takes {prompt} tokens, its answer up to {new}, and the TensorRT engines were built for {most}",
+        mend=f"give --max-new-tokens {room}, or {mend}" if room > 0 else f"ask a shorter question, or {mend}",
+    )
 
 
 def _without_leading_space(pieces: Iterator[str]) -> Iterator[str]:

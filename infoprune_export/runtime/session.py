@@ -20,7 +20,7 @@ import numpy as np
 from infoprune_export.bundle import COMPONENTS, Bundle, engine_name, graph_file
 from infoprune_export.engines import load_engine
 from infoprune_export.engines.base import CacheBuffers, Engine, Step
-from infoprune_export.errors import InputError
+from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.precision import Precision
 from infoprune_export.runtime.config import ModelConfig
 
@@ -112,8 +112,7 @@ class Session:
         Raises:
             InputError: the image tokens are not as many as the features.
         """
-        (spec,), (out,) = self._embed.inputs, self._embed.outputs
-        embeds = self._embed.run({spec.name: input_ids.astype(spec.dtype, copy=False)})[out.name]
+        embeds = self._look_up(input_ids)
         places = np.zeros(input_ids.shape, bool) if self.config.image_token_id is None else input_ids == self.config.image_token_id
         per_image = 1 if image_features is None else image_features.shape[1]
         expected = 0 if image_features is None else len(image_features) * per_image
@@ -125,6 +124,10 @@ class Session:
         if image_features is not None:
             embeds[places] = image_features.reshape(expected, -1).astype(embeds.dtype, copy=False)
         return embeds
+
+    def _look_up(self, input_ids: np.ndarray) -> np.ndarray:
+        (spec,), (out,) = self._embed.inputs, self._embed.outputs
+        return self._embed.run({spec.name: input_ids.astype(spec.dtype, copy=False)})[out.name]
 
     def prefill(self, inputs_embeds: np.ndarray, attention_mask: np.ndarray, capacity: int | None = None) -> tuple[np.ndarray, Cache]:
         """Reads whole prompts.
@@ -166,7 +169,8 @@ class Session:
         if isinstance(past, CacheBuffers) and tokens > past.capacity and not cache.fixed:
             past = past.larger(tokens - 1, 2 * tokens)
         longer = replace(cache, past=past, attention_mask=mask)
-        return self._decode(self.embed(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)
+        # A model may say its image token; no image belongs to it then, and it is a token like any other.
+        return self._decode(self._look_up(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)
 
     def _decode(self, inputs_embeds: np.ndarray, position_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Reads tokens; `cache` has the past, and a mask that covers them."""
@@ -232,6 +236,25 @@ def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np
     ids = np.stack([np.pad(p, (longest - len(p), 0), constant_values=pad_id) for p in prompts]).astype(np.int64)
     mask = np.stack([np.pad(np.ones(len(p), np.int64), (longest - len(p), 0)) for p in prompts])
     return ids, mask
+
+
+def first_held(bundle: Bundle, engine: EngineName, original: bool = False) -> Precision:
+    """The precision to run a network in where nobody names one: the first of the bundle's that an engine has files of.
+
+    Engines may be fewer than graphs: TensorRT's are built in half precision, and quantised graphs for one target need not be built
+    for another. Where an engine has none at all, it is the bundle's first, and opening it says what is missing.
+    """
+    precisions = bundle.manifest.dtypes if original else bundle.manifest.precisions
+    return next((p for p in precisions if _is_held(bundle, engine, p, original)), precisions[0])
+
+
+def _is_held(bundle: Bundle, engine: EngineName, precision: Precision, original: bool) -> bool:
+    try:
+        for component in COMPONENTS:
+            _file(bundle, component, engine, precision, original)
+    except (InputError, MissingRequirement):
+        return False
+    return True
 
 
 def _file(bundle: Bundle, component: str, engine: EngineName, dtype: Precision, original: bool) -> Path:

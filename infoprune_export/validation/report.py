@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
-from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.errors import GateFailed, InputError, NotEnough
 from infoprune_export.plans import LatencyBudget, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Workload, first_problem
+from infoprune_export.workspace import is_full_disk
 
 SCHEMA_VERSION = 1
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -91,10 +93,11 @@ class Accuracy(_Record):
     quantised_interval: Interval | None = None
     quantised_drop_points: float | None = Field(None, description="original - quantised, in points")
     quantised_drop_points_interval: Interval | None = None
+    measured_at: str | None = Field(None, description="when, where that is not when the report was made: an earlier one's, kept")
 
     @property
     def final_drop_points(self) -> float | None:
-        """Of the network that the bundle was made for: the quantised one where there is one."""
+        """Of the network with quantised weights where that was measured, to be shown; what gates want is in `judge`."""
         return self.drop_points if self.quantised is None else self.quantised_drop_points
 
 
@@ -123,7 +126,7 @@ class PartLatency(_Record):
 
     @property
     def final_speedup(self) -> float | None:
-        """Of the network that the bundle was made for: the quantised one where there is one."""
+        """Of the network with quantised weights where that was measured, to be shown; what gates want is in `judge`."""
         return self.speedup if self.quantised is None else self.quantised_speedup
 
 
@@ -131,6 +134,7 @@ class LatencySettings(_Record):
     """What the latencies of one engine depend on."""
 
     dtype: str
+    devices: dict[str, str] = Field({}, description="component to where it ran, cpu or cuda; empty in reports of early versions")
     threads: int | None = Field(description="null: the engine's own choice")
     workload: Workload
     seconds_per_part: float
@@ -138,6 +142,14 @@ class LatencySettings(_Record):
     cpus: list[int] | None = Field(None, description="those that the process may run on; null where the system does not say")
     load_average: float | None = Field(None, description="processes wanting a core in the minute before; times are noisy above the cores")
     transfers: str = "host to host: inputs and outputs are arrays in main memory"
+
+    @property
+    def where(self) -> str:
+        """`cuda`, or `vision_encoder cuda, ..., decoder_model_merged cpu` where they differ; nothing for the CPU alone."""
+        kinds = set(self.devices.values())
+        if len(kinds) > 1:
+            return ", ".join(f"{component} {device}" for component, device in self.devices.items())
+        return "".join(kinds - {"cpu"})
 
 
 class Size(_Record):
@@ -241,22 +253,55 @@ class Report(_Record):
     def write(self, directory: Path, plan: Plan | None = None) -> None:
         """Writes report.json and report.html, each whole or not at all.
 
-        What making the bundle took is known to the first report alone; later ones keep it.
+        What making the bundle took is known to the first report alone, and data for accuracy may be on another machine: what is not known
+        now is kept of the report that was there.
+
+        Raises:
+            InputError: the directory cannot be written.
+            NotEnough: the disk is full.
         """
         from infoprune_export.validation.page import report_page
 
-        if self.resources is None and (directory / REPORT_JSON).is_file():
+        if (directory / REPORT_JSON).is_file():
             with contextlib.suppress(InputError):
-                self.resources = Report.read(directory / REPORT_JSON).resources
+                self._keep(Report.read(directory / REPORT_JSON))
         page = report_page(self, plan)
-        write_atomically(directory / REPORT_JSON, self.to_json())
-        write_atomically(directory / REPORT_HTML, page)
+        try:
+            write_atomically(directory / REPORT_JSON, self.to_json())
+            write_atomically(directory / REPORT_HTML, page)
+        except OSError as e:
+            if is_full_disk(e):
+                raise NotEnough(
+                    "the disk is full, or a file may not grow further", where=directory, mend="make space and run it again"
+                ) from e
+            raise _not_writable(directory) from e
+
+    def _keep(self, earlier: Report) -> None:
+        self.resources = self.resources or earlier.resources
+        if not self.accuracy:
+            at = earlier.measured_at
+            self.accuracy = {task: a.model_copy(update={"measured_at": a.measured_at or at}) for task, a in earlier.accuracy.items()}
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure, before anything is measured, that the report can be put where it belongs.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise _not_writable(directory)
+
+
+def _not_writable(directory: Path) -> InputError:
+    mend = "copy the bundle to where you may write, or look at its times alone: infoprune-export bench DIR"
+    return InputError("the report cannot be written there", where=directory, mend=mend)
 
 
 def judge(report: Report, max_drop: float | None = None, min_speedup: float | None = None) -> dict[str, Gate]:
     """The gates of a report: numerics always, the others when asked for.
 
-    Where a bundle has quantised weights, accuracy and speed-up are theirs.
+    Where a bundle has quantised weights, accuracy and speed-up are theirs, never the float network's in their place.
 
     A gate whose figure could not be measured does not pass: a check that was asked for and not made is no assurance.
 
@@ -270,7 +315,8 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
     measured = f"{', '.join(failed)} failed" if failed else f"{total} of {total} passed" if total else "not measured"
     gates = {"numerics": Gate(required="all checks pass", measured=measured, passed=total > 0 and not failed)}
     if max_drop is not None:
-        drops = {task: a.final_drop_points for task, a in report.accuracy.items() if a.final_drop_points is not None}
+        points = {task: a.quantised_drop_points if report.quantisation else a.drop_points for task, a in report.accuracy.items()}
+        drops = {task: lost for task, lost in points.items() if lost is not None}
         task = max(drops, key=drops.__getitem__, default=None)
         gates["max_drop"] = Gate(
             required=f"at most {max_drop:g} points on any task",
@@ -281,8 +327,9 @@ def judge(report: Report, max_drop: float | None = None, min_speedup: float | No
             passed=task is not None and drops[task] <= max_drop + 1e-9,
         )
     if min_speedup is not None:
-        ends = {engine: parts["end_to_end"].final_speedup for engine, parts in report.latency.items() if "end_to_end" in parts}
-        speedups = {engine: s for engine, s in ends.items() if s is not None}
+        ends = {engine: parts["end_to_end"] for engine, parts in report.latency.items() if "end_to_end" in parts}
+        factors = {engine: end.quantised_speedup if report.quantisation else end.speedup for engine, end in ends.items()}
+        speedups = {engine: factor for engine, factor in factors.items() if factor is not None}
         engine = min(speedups, key=speedups.__getitem__, default=None)
         gates["min_speedup"] = Gate(
             required=f"at least {min_speedup:g}x end to end",

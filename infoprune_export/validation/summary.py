@@ -47,7 +47,9 @@ def summary_table(report: Report) -> RenderableType:
     random = [Text("random weights: times and sizes mean something, answers do not", style="bold yellow")] if report.random_weights else []
     of = Text(f"of {flops.denominator}; {report.workload}", style="dim")
     trained = [Text(f"trained: {report.training}", style="dim")] if report.training else []
-    return Group(head, *random, of, *trained, table, *_verdicts(report), *_missing(report))
+    times = sorted({a.measured_at for a in report.accuracy.values() if a.measured_at})
+    kept = [Text(f"accuracy: kept of an earlier report, measured {time}", style="dim") for time in times]
+    return Group(head, *random, of, *trained, table, *kept, *_verdicts(report), *_missing(report))
 
 
 def latency_table(report: Report) -> RenderableType:
@@ -77,7 +79,7 @@ def _settings(report: Report, engine: str) -> list[Text]:
         return []
     threads = f"{s.threads} thread{'s' * (s.threads != 1)}" if s.threads else "threads of the engine's choice"
     turns = "both networks in turn" if any(p.original for p in report.latency[engine].values()) else "the compressed network alone"
-    said = [f"{s.dtype}, {threads}"]
+    said = [f"{s.dtype}{f' on {s.where}' * bool(s.where)}, {threads}"]
     said += [f"on CPUs {spans(s.cpus)}"] if s.cpus else []
     said += [f"{s.warmup_rounds} warm-up rounds, then {s.seconds_per_part:g} s a part, {turns}", s.transfers.partition(":")[0]]
     said += [f"load average before {s.load_average:g}"] if s.load_average is not None else []

@@ -90,6 +90,7 @@ class Examiner:
             done += answered
             self.progress(name, done, total)
 
+        self.progress(name, 0, total)
         answers = accuracy.answer(
             session,
             exam.examples,

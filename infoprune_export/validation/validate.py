@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 
 from infoprune_export.bundle import COMPONENTS, Bundle
+from infoprune_export.data.vqa import PACKAGED
 from infoprune_export.engines.cuda import gpus
 from infoprune_export.engines.machine import machine_report
-from infoprune_export.errors import InfoPruneError, InputError, MissingRequirement
+from infoprune_export.errors import InfoPruneError, InputError
 from infoprune_export.precision import Precision, float_type, is_quantised
 from infoprune_export.recipe import DataSource, Workload
 from infoprune_export.runtime.config import ModelConfig
@@ -58,7 +60,7 @@ def validate_bundle(
     Args:
         bundle: With its graphs, plan and reference; its hashes are not looked at.
         engines: What to check; the portable graphs and the bundle's targets when None. Accuracy goes through
-            the first that runs here, a built one before the portable graphs.
+            the first that runs here, with quantised weights too where the bundle has them, a built one before the portable graphs.
         evaluation: Task name to data; the recipe's when None.
         workload: Shapes to time; the bundle's when None.
         original: The original in a bundle of its own (`--flops 1`), where this bundle does not hold it.
@@ -75,7 +77,7 @@ def validate_bundle(
     Raises:
         InputError: a bundle without a reference, an `original` of another model, a workload that is not the
             model's, an engine asked for by name that the bundle does not hold, or accuracy of random weights.
-        MissingRequirement: this machine cannot run an engine asked for by name.
+        MissingRequirement, NotEnough: this machine cannot run an engine asked for by name.
     """
     manifest = bundle.manifest
     if manifest.random_weights and (evaluation or max_drop is not None):
@@ -161,7 +163,7 @@ class Run:
             for dtype in dtypes:
                 try:
                     session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
-                except (InputError, MissingRequirement) as e:
+                except InfoPruneError as e:
                     absent.append(e)
                 else:
                     yield Variant(engine, dtype if is_quantised(dtype) else dtype_of(session)), session
@@ -195,7 +197,7 @@ class Run:
             try:
                 records = numerics.check(session, held, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
                 runnable.append(variant)
-            except InputError as e:  # an engine that opens and then does not run has failed, not been left out
+            except InfoPruneError as e:  # an engine that opens and then does not run has failed, not been left out
                 failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
                 records = {"generation": failed}
                 self.notify(numerics.describe("generation", failed))
@@ -211,8 +213,14 @@ class Run:
         """The variant with quantised weights on the same engine and in the same type, if it runs here."""
         return next((v for v in variants if v.quantised and (v.engine, float_type(v.dtype)) == (variant.engine, variant.dtype)), None)
 
+    def skip_quantised(self, what: str, variant: Variant) -> None:
+        """Says that a figure of quantised weights is missing, where the bundle has such weights."""
+        if weights := self.bundle.manifest.weights:
+            build = "" if variant.engine == "onnx" else f"; build it: infoprune-export build DIR --target {variant.engine}"
+            self.skip(f"{what}.quantised", f"no {weights.type} network for {variant.engine} in {variant.dtype} runs here{build}")
+
     def measure_accuracy(self, variants: Sequence[Variant], evaluation: Mapping[str, DataSource]) -> None:
-        """Accuracy of every network through the first variant on every task whose data is at hand."""
+        """Accuracy of every network on every task whose data is at hand, through the first variant that has all of them."""
         if self.report.random_weights:
             self.skip("accuracy", NO_ACCURACY)
             return
@@ -222,7 +230,8 @@ class Run:
         if not variants:
             self.skip("accuracy", "no engine of this bundle runs here")
             return
-        variant = next((v for v in variants if not v.quantised), variants[0])
+        floating = [v for v in variants if not v.quantised] or variants
+        variant = next((v for v in floating if self.with_quantised_weights(v, variants)), floating[0])
         limits = limits_of(variant.engine, self.bundle.manifest.workload)
         examiner = tasks.Examiner(self.bundle.path, self.bundle.manifest.recipe.prompt, limits, self.progress)
         exams = {}
@@ -230,19 +239,34 @@ class Run:
             try:
                 exams[task] = examiner.prepare(source)
             except InputError as e:
-                self.skip(f"accuracy.{task}", _one_line(e))
+                self.skip(f"accuracy.{task}", _one_line(e) + _looked_for(source))
         if not exams:
             return
         # One network after the other, so that only one is in memory.
-        compressed = examiner.sit_all(exams, self._compressed(variant), "compressed")
-        session = self._original(variant, "accuracy")
-        original = examiner.sit_all(exams, session, "original") if session else {}
-        small = self.with_quantised_weights(variant, variants)
-        quantised = examiner.sit_all(exams, self._compressed(small), small.dtype) if small else {}
+        compressed = self._sit(examiner, exams, partial(self._compressed, variant), "compressed", "accuracy")
+        if not compressed:
+            return
+        original = self._sit(examiner, exams, partial(self._original, variant, "accuracy"), "original", "accuracy of the original")
+        quantised: dict[str, list[float]] = {}
+        if small := self.with_quantised_weights(variant, variants):
+            quantised = self._sit(examiner, exams, partial(self._compressed, small), small.dtype, "accuracy.quantised")
+        else:
+            self.skip_quantised("accuracy", variant)
         for task, exam in exams.items():
             made = exam.record(original.get(task), compressed[task], quantised.get(task), variant.engine, variant.dtype)
             self.report.accuracy[task] = made
             self.notify(f"MEASURED | accuracy.{task} ({variant.engine}, {variant.dtype}) | {accuracy.describe(made)}")
+
+    def _sit(
+        self, examiner: tasks.Examiner, exams: Mapping[str, tasks.Exam], opens: Callable[[], Session | None], network: str, what: str
+    ) -> dict[str, list[float]]:
+        """Scores of one network on every task; none where it is not at hand, or where it fails, with the reason under the name `what`."""
+        try:
+            session = opens()
+            return examiner.sit_all(exams, session, network) if session else {}
+        except InfoPruneError as e:
+            self.skip(what, _one_line(e))
+            return {}
 
     def measure_latency(self, variants: Sequence[Variant], inputs: latency.Inputs, workload: Workload, seconds: float) -> None:
         """Times every engine in the first of its types that runs, all networks in turn."""
@@ -253,11 +277,14 @@ class Run:
         kept = latency.kept_by_part(manifest.flops.parts if counted else latency.flop_parts(self.bundle.plan(), workload))
         for variant in {v.engine: v for v in reversed(variants)}.values():
             engine, small = variant.engine, self.with_quantised_weights(variant, variants)
+            if small is None:
+                self.skip_quantised(f"latency.{engine}", variant)
             original = self._original(variant, f"latency.{engine}")
             load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
             try:
+                compressed = self._compressed(variant)
                 parts = latency.measure(
-                    self._compressed(variant),
+                    compressed,
                     original,
                     inputs,
                     workload.new_tokens,
@@ -266,12 +293,13 @@ class Run:
                     flops_kept=kept,
                     progress=partial(self.progress, f"timing {engine}"),
                 )
-            except InputError as e:
+            except InfoPruneError as e:
                 self.skip(f"latency.{engine}", _one_line(e))
                 continue
             self.report.latency[engine] = parts
             self.report.latency_settings[engine] = LatencySettings(
                 dtype=variant.dtype,
+                devices={component: opened.device for component, opened in compressed.engines.items()},
                 threads=self.threads,
                 workload=workload,
                 seconds_per_part=seconds,
@@ -294,7 +322,7 @@ class Run:
             return None
         try:
             return self.baseline.open(variant.engine, variant.dtype, self.threads)
-        except (InputError, MissingRequirement) as e:
+        except InfoPruneError as e:
             self.skip(f"{what} of the original", _one_line(e))
             return None
 
@@ -321,6 +349,13 @@ def _graph_bytes(bundle: Bundle, dtype: Precision, original: bool) -> int:
     graphs = [bundle.graph(component, dtype, original) for component in COMPONENTS]
     files = [file for graph in graphs for file in (graph, graph.with_name(graph.name + "_data"))]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _looked_for(source: DataSource) -> str:
+    """Where data were looked for that are not there: a recipe's paths are relative, and its place is not the bundle's."""
+    if source.path.startswith(PACKAGED) or Path(source.path).is_absolute() or Path(source.path).exists():
+        return ""
+    return f"; looked for in the working directory, {Path.cwd()}"
 
 
 def _why_not(engine: EngineName, error: InfoPruneError) -> str:

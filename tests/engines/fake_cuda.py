@@ -14,7 +14,7 @@ class FakeDriver:
     """Functions of the CUDA driver over host memory: one GPU, sm89, with room for `limit` bytes."""
 
     def __init__(self, limit: int = 1 << 20):
-        self.limit, self.blocks, self.broken = limit, {}, set()
+        self.limit, self.blocks, self.broken, self.allocations = limit, {}, set(), 0
 
     def __getattr__(self, name: str):
         if name.startswith("cu"):
@@ -45,12 +45,21 @@ class FakeDriver:
         version._obj.value = 12080
         return 0
 
+    @property
+    def free(self):
+        return self.limit - sum(map(len, self.blocks.values()))
+
+    def cuMemGetInfo_v2(self, free, total):
+        free._obj.value, total._obj.value = self.free, self.limit
+        return 0
+
     def cuMemAlloc_v2(self, address, size):
-        if sum(map(len, self.blocks.values())) + size.value > self.limit:
+        if size.value > self.free:
             return OUT_OF_MEMORY
         block = ctypes.create_string_buffer(size.value)
         address._obj.value = ctypes.addressof(block)
         self.blocks[address._obj.value] = block
+        self.allocations += 1
         return 0
 
     def cuMemFree_v2(self, address):

@@ -8,6 +8,7 @@ from infoprune_export.engines import build as build_module
 from infoprune_export.engines import flavours, onnxruntime
 from infoprune_export.engines.build import build_bundle, build_into, check_target
 from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.progress import Silent
 
 TRT_FILES = {f"engines/trt/tensorrt-rtx/{{arch}}/{c}.{suffix}" for c in COMPONENTS for suffix in ("engine", "log")}
 
@@ -112,11 +113,24 @@ def test_a_work_folder_needs_no_manifest(bundle, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
+class Told(Silent):
+    """Keeps the lines worth reading."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, line):
+        self.lines.append(line)
+
+
 def test_types_that_are_not_there(bundle):
     with pytest.raises(InputError, match=r"vision_encoder_bf16\.onnx is missing"):
         build_into(bundle.path, "ort", bundle.manifest.workload, "bf16")
     bundle.graph("embed_tokens", "fp16").unlink()
-    assert build_module._present_dtype(bundle.path, "trt") == "fp32"
+    told = Told()
+    assert build_module._present_dtype(bundle.path, "ort", told) == "fp32" and not told.lines
+    assert build_module._present_dtype(bundle.path, "trt", told) == "fp32"
+    assert told.lines == ["engines for trt are built in fp32: there are no fp16 graphs (--dtype fp16 makes some)"]
     bundle.graph("embed_tokens").unlink()
     with pytest.raises(InputError, match="no complete set of graphs"):
         build_into(bundle.path, "trt", bundle.manifest.workload)

@@ -32,6 +32,10 @@ def test_buffers_grow_when_needed_and_free_what_they_held():
     address = buffer.address
     buffer.reserve(50)
     assert buffer.address == address
+    buffer.reserve(101)
+    address = buffer.address
+    buffer.reserve(150)
+    assert buffer.address == address, "it grew by half"
     assert len(library.blocks) == 1
     del buffer
     assert not library.blocks

@@ -83,3 +83,12 @@ def test_default_architectures_are_the_gpus_present(machine):
     assert flavours.default_archs() == ["sm89", "sm90"]
     machine(RTX)
     assert flavours.default_archs() == ["sm80", "sm86", "sm89", "sm120"]
+    machine(CLASSIC, RTX, archs=["sm89", "sm90"])
+    assert flavours.default_archs() == ["sm89"], "tensorrt builds on the first of them"
+
+
+def test_a_second_kind_of_gpu_has_to_be_made_the_first(machine):
+    machine(CLASSIC, archs=["sm89", "sm90"])
+    assert flavours.flavour_for(["sm89"]) is CLASSIC
+    with pytest.raises(MissingRequirement, match=r"builds on the first GPU .* for sm89, not for sm90\n.*CUDA_VISIBLE_DEVICES=1"):
+        flavours.flavour_for(["sm90"])

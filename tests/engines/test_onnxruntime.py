@@ -7,8 +7,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from toy_graphs import decoder
 
 from infoprune_export.engines import load_engine
+from infoprune_export.engines import onnxruntime as ort
 from infoprune_export.engines.onnxruntime import OrtEngine, build
 from infoprune_export.errors import InputError
 
@@ -112,6 +114,22 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         build(path, tmp_path / "ort" / "g.onnx")
     assert not list((tmp_path / "ort").iterdir())
+
+
+def test_cuda_gets_the_graphs_that_it_has_kernels_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    portable = decoder(tmp_path / "onnx" / "decoder.onnx")
+    in_place = build(portable, tmp_path / "ort" / "decoder.onnx")
+    asked, open_session = [], ort._session
+
+    def on_the_cpu(path, options, providers):
+        asked.append(providers)
+        return open_session(path, options, ["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "_session", on_the_cpu)
+    monkeypatch.setattr(ort.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    engines = [OrtEngine.open(path, threads=1) for path in (portable, in_place)]
+    assert asked == [[("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"], ["CPUExecutionProvider"]]
+    assert engines[1].device == "cpu" and engines[1].open_cache(1, 8) is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph at all", b"\x08\x09\x12\x03abc\xff\xff"])

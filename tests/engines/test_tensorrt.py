@@ -55,6 +55,11 @@ def test_a_vision_encoder_is_built_once_not_for_prefill_and_decode(tmp_path, ahe
     assert network._distinct_shapes(PROFILES) == [{"pixel_values": ((1, 3, 8, 8),) * 3}]
 
 
+def test_products_in_fp32_are_not_rounded_to_tf32(tmp_path, ahead_of_time):
+    network = tensorrt._Network(ahead_of_time, read_graph(graph := decoder(tmp_path / "decoder.onnx")), graph)
+    assert not network._config("sm86", PROFILES).get_flag(ahead_of_time.module.BuilderFlag.TF32)
+
+
 def test_the_decoder_is_compiled_for_prefill_and_for_decode(tmp_path):
     engine = build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")["sm86"]
     assert engine.with_suffix(".log").read_text().count("Total Activation Memory") == len(PROFILES)

@@ -6,7 +6,7 @@ from infoprune_export.engines import cuda, tensorrt_run
 from infoprune_export.engines.base import TensorSpec
 from infoprune_export.engines.flavours import Flavour
 from infoprune_export.engines.tensorrt_run import TensorRTEngine, find_engine, load_engine
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.errors import InputError, MissingRequirement, NotEnough
 
 
 @pytest.fixture
@@ -63,6 +63,17 @@ def test_an_engine_that_tensorrt_does_not_take(device, engine_file, monkeypatch)
         load_engine(engine_file)
 
 
+def test_an_engine_that_does_not_fit_into_the_gpus_memory(device, engine_file, monkeypatch, trt):
+    """TensorRT says so by returning nothing, whether for the engine or for what it runs in."""
+    trt.engine.context = None
+    with pytest.raises(NotEnough, match=r"decoder.engine: the GPU has no memory left\nend other programs on it"):
+        load_engine(engine_file)
+    device.limit = engine_file.stat().st_size - 1
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", fake_tensorrt(takes=False)),))
+    with pytest.raises(NotEnough, match="no memory left"):
+        load_engine(engine_file)
+
+
 def test_inputs_and_outputs(device, engine_file):
     engine = load_engine(engine_file)
     assert isinstance(engine, TensorRTEngine)
@@ -88,7 +99,27 @@ def test_a_cache_stays_on_the_device(device, engine_file):
     np.testing.assert_array_equal(engine.run({"x": row(5), "past": out["present"]})["present"], row(1, 2, 3, 4, 5))
 
 
-def test_the_cache_of_earlier_steps_is_freed(device, engine_file):
+def test_steps_take_the_memory_of_caches_that_nobody_wants_any_more(device, engine_file):
+    engine = load_engine(engine_file)
+
+    def answer():
+        out = engine.run_on_device({"x": row(1), "past": EMPTY}, ["present"])
+        kept = [out["present"]]
+        for value in range(2, 7):
+            out = engine.run_on_device({"x": row(value), "past": out["present"]}, ["present"])
+        return [*kept, out["present"]]
+
+    caches = answer()
+    assert caches[0].buffer is not caches[1].buffer
+    np.testing.assert_array_equal(engine.run({"x": row(9), "past": caches[0]})["present"], row(1, 9))
+    del caches
+    answer()
+    allocations = device.allocations
+    answer()
+    assert device.allocations == allocations
+
+
+def test_the_cache_of_earlier_steps_is_given_back(device, engine_file):
     engine = load_engine(engine_file)
     out = engine.run_on_device({"x": row(1), "past": EMPTY}, ["present"])
     sizes = []

@@ -54,6 +54,12 @@ def test_a_cache_can_be_continued_twice(session: Session) -> None:
     np.testing.assert_array_equal(session.step(np.array([9]), cache)[0], first)
 
 
+def test_an_image_token_that_the_model_says_itself_is_read_like_any_other(session: Session, toy: Toy) -> None:
+    _, cache = session.prefill(session.embed(PROMPTS[1][None]), np.ones((1, 4)))
+    logits, _ = session.step(np.array([IMAGE]), cache)
+    np.testing.assert_allclose(logits[0], toy.logits(np.append(PROMPTS[1], IMAGE), None), atol=2e-4)
+
+
 @pytest.mark.parametrize("prompt", range(3))
 def test_generate_one(session: Session, toy: Toy, prompt: int) -> None:
     tokens = [int(t[0]) for t in session.generate([PROMPTS[prompt]], OWN[prompt], 6, eos_ids=())]

@@ -167,7 +167,7 @@ class FakeSession:
         self.pixels = rng.standard_normal((width, image_tokens * HIDDEN))
         self.config = ModelConfig(image_token_id=image_token, eos_ids=(EOS,), max_positions=None)
         specs = (TensorSpec("attention_mask", np.dtype(np.int64), ()), TensorSpec("inputs_embeds", np.dtype(dtype), ()))
-        self.engines = {"decoder_model_merged": SimpleNamespace(inputs=specs)}
+        self.engines = {"decoder_model_merged": SimpleNamespace(inputs=specs, device="cpu")}
         self.images_encoded, self.calls = 0, []
 
     def encode_images(self, pixel_values: np.ndarray) -> np.ndarray:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
-from infoprune_export.errors import GateFailed, InputError
-from infoprune_export.validation.report import Report, judge
+from infoprune_export.errors import GateFailed, InputError, NotEnough
+from infoprune_export.validation import report as report_module
+from infoprune_export.validation.report import Quantisation, Report, judge
 
 
 def test_the_keys_others_rely_on(report):
@@ -29,6 +31,19 @@ def test_it_reads_back_as_it_was_written(report, plan, tmp_path):
     report.write(tmp_path, plan)
     assert Report.read(tmp_path / "report.json") == report
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [(errno.EROFS, InputError, "the report cannot be written there"), (errno.ENOSPC, NotEnough, "the disk is full")],
+)
+def test_a_report_that_cannot_be_written(report, plan, tmp_path, monkeypatch, code, error, message):
+    def refuse(path, text):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(report_module, "write_atomically", refuse)
+    with pytest.raises(error, match=message):
+        report.write(tmp_path, plan)
 
 
 def test_a_damaged_report_is_refused(tmp_path):
@@ -83,8 +98,12 @@ def test_failed_gates_are_exit_code_1_and_named(report):
 
 def test_gates_are_on_the_network_that_was_asked_for(report):
     """With quantised weights, that is the quantised one, however good the float one is."""
-    report.accuracy["vqa"].quantised, report.accuracy["vqa"].quantised_drop_points = 0.9, 5.0
+    report.quantisation = Quantisation(weights="int4", block_size=32)
     end = report.latency["ort"]["end_to_end"]
+    gates = judge(report, max_drop=100, min_speedup=0.1)  # it was not measured, the float one was
+    assert gates["max_drop"].measured == gates["min_speedup"].measured == "not measured"
+    assert not gates["max_drop"].passed and not gates["min_speedup"].passed
+    report.accuracy["vqa"].quantised, report.accuracy["vqa"].quantised_drop_points = 0.9, 5.0
     end.quantised, end.quantised_speedup = end.compressed, 1.1
     gates = judge(report, max_drop=3, min_speedup=1.2)
     assert gates["max_drop"].measured == "5.00 points lost on vqa" and not gates["max_drop"].passed

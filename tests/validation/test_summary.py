@@ -51,6 +51,12 @@ def test_a_failed_gate_and_its_reason_are_said(report):
     assert "FAILED  numerics" in text and "NaN or infinite" in " ".join(text.split())
 
 
+def test_accuracy_of_an_earlier_report_is_said_to_be(report):
+    assert "earlier report" not in printed(summary_table(report))
+    report.accuracy["vqa"].measured_at = "2026-01-01T00:00:00Z"
+    assert "accuracy: kept of an earlier report, measured 2026-01-01T00:00:00Z" in printed(summary_table(report))
+
+
 def test_user_strings_are_not_read_as_markup(report):
     report.accuracy = {"[bold]x[/]": report.accuracy["vqa"]}
     report.name = "[red]name[/]"
@@ -72,6 +78,11 @@ def test_the_settings_that_change_a_figure(report):
     text = " ".join(printed(latency_table(report)).split())
     assert "fp32, 2 threads; on CPUs 0-1,3; 2 warm-up rounds, then 5 s a part, both networks in turn; host to host; load" in text
     assert "load average before 0.4" in text
+    settings = report.latency_settings["ort"]
+    settings.devices = {"vision_encoder": "cuda", "decoder_model_merged": "cuda"}
+    assert "fp32 on cuda, 2 threads" in " ".join(printed(latency_table(report)).split())
+    settings.devices["decoder_model_merged"] = "cpu"
+    assert "fp32 on vision_encoder cuda, decoder_model_merged cpu, 2 threads" in " ".join(printed(latency_table(report)).split())
 
 
 def test_without_an_original(report):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from importlib import resources
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import infoprune_export as ip
 from infoprune_export.bundle import VISION, Bundle, Manifest, QuantisedWeights
-from infoprune_export.errors import GateFailed, InputError, MissingRequirement
+from infoprune_export.cli import cli
+from infoprune_export.errors import GateFailed, InputError, MissingRequirement, NotEnough
 from infoprune_export.models.flops import count
 from infoprune_export.recipe import DataSource, Recipe, Workload
 from infoprune_export.runtime.session import Session
@@ -111,6 +114,7 @@ def test_everything_that_can_be_measured_is(bundle, tmp_path):
     assert report.numerics["generation"].identical_token_ids == report.numerics["generation"].prompts == 10
     assert report.accuracy["vqa"].n == 9 and report.accuracy["vqa"].engine == "ort" and report.accuracy["vqa"].original is not None
     assert list(report.latency) == ["ort"] and list(report.latency["ort"]) == ["vision", "prefill", "decode", "end_to_end"]
+    assert report.latency_settings["ort"].devices == {"decoder_model_merged": "cpu"}
     assert report.latency["ort"]["decode"].flops_kept == pytest.approx(
         bundle.manifest.flops.parts["decode"]["compressed"] / bundle.manifest.flops.parts["decode"]["original"]
     )
@@ -165,6 +169,25 @@ def test_data_that_is_not_here_is_not_measured_and_the_rest_is(bundle):
     assert "/nowhere: does not exist" in next(e.reason for e in report.not_measured if e.what == "accuracy.gone")
 
 
+def test_accuracy_that_cannot_be_measured_now_is_kept(bundle, monkeypatch, tmp_path):
+    bundle.manifest.recipe.evaluation = {"vqa": DataSource(path="data/vqa")}
+    first = validate_bundle(bundle, evaluation=VQA, seconds=0)
+    first.measured_at = "2026-01-01T00:00:00Z"
+    first.write(bundle.path)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        later = validate_bundle(bundle, seconds=0, max_drop=100)
+        assert not later.gates["max_drop"].passed, "it is not measured again by being kept"
+        later.write(bundle.path)
+    kept = Report.read(bundle.path / "report.json")
+    assert kept.accuracy == {"vqa": first.accuracy["vqa"].model_copy(update={"measured_at": "2026-01-01T00:00:00Z"})}
+    assert "kept of an earlier report, measured 2026-01-01T00:00:00Z" in (bundle.path / "report.html").read_text()
+    reason = next(x.reason for x in kept.not_measured if x.what == "accuracy.vqa")
+    assert reason.startswith("data/vqa: does not exist") and reason.endswith(f"looked for in the working directory, {tmp_path}")
+    validate_bundle(bundle, evaluation=VQA, seconds=0).write(bundle.path)
+    assert Report.read(bundle.path / "report.json").accuracy["vqa"].measured_at is None
+
+
 def test_no_data_at_all(bundle):
     report = validate_bundle(bundle, evaluation={}, seconds=0)
     assert not report.accuracy and "no evaluation data" in next(e.reason for e in report.not_measured if e.what == "accuracy")
@@ -180,6 +203,39 @@ def test_an_engine_that_opens_and_does_not_run_fails_the_gate(bundle, make_sessi
     assert not report.accuracy and not report.latency
     unrun = {e.what for e in report.not_measured if e.reason == "no engine of this bundle runs here"}
     assert unrun == {"accuracy", "latency"}
+
+
+def test_a_gpu_that_fails_costs_its_own_engine_and_no_other(bundle, make_session, monkeypatch):
+    class Failing(make_session):
+        def prefill(self, *inputs):
+            raise NotEnough("the GPU has no memory left")
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        return (Failing if engine == "trt" else make_session)(7 if original else 0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    report = validate_bundle(bundle, seconds=0)
+    assert report.numerics["generation_trt"].message == "the GPU has no memory left" and not report.passed
+    assert report.numerics["generation_ort"].passed and report.accuracy["vqa"].engine == "ort" and list(report.latency) == ["ort"]
+
+
+@pytest.mark.parametrize("error", [NotEnough("the GPU has no memory left"), MissingRequirement("the NVIDIA driver refused cuMemAlloc_v2")])
+def test_what_fails_after_its_numerics_is_not_measured(bundle, make_session, monkeypatch, error):
+    class Failing(make_session):
+        def encode_images(self, pixel_values):
+            raise error
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if engine == "trt":
+            raise error
+        return (Failing if original else make_session)(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    report = validate_bundle(bundle, seconds=0)
+    assert report.passed and report.accuracy["vqa"].original is None and report.accuracy["vqa"].compressed is not None
+    reasons = {x.what: x.reason for x in report.not_measured}
+    assert reasons["accuracy of the original"] == reasons["latency.ort"] == str(error)
+    assert {"numerics.trt", "latency.trt"} <= set(reasons)
 
 
 def test_an_engine_asked_for_by_name_has_to_run(bundle):
@@ -235,6 +291,27 @@ def test_a_missing_reference(bundle):
         validate_bundle(bundle, seconds=0)
 
 
+def test_a_bundle_that_cannot_be_written_is_refused_before_any_work(bundle, opened, monkeypatch):
+    bundle.write_manifest()
+    monkeypatch.setattr("infoprune_export.validation.report.os.access", lambda path, mode: not mode & os.W_OK)
+    for validate in (lambda: ip.validate(bundle.path), lambda: cli.main(["validate", str(bundle.path)], standalone_mode=False)):
+        with pytest.raises(InputError, match="the report cannot be written there"):
+            validate()
+    assert not opened
+
+
+def test_figures_are_shown_where_they_cannot_be_written(bundle, report, monkeypatch, capsys):
+    def refuse(self, directory, plan):
+        raise NotEnough("the disk is full")
+
+    bundle.write_manifest()
+    monkeypatch.setattr("infoprune_export.validation.validate.validate_bundle", lambda *arguments, **options: report)
+    monkeypatch.setattr(Report, "write", refuse)
+    with pytest.raises(NotEnough):
+        cli.main(["validate", str(bundle.path)], standalone_mode=False)
+    assert "vqa accuracy" in capsys.readouterr().out
+
+
 def test_bench_times_and_nothing_else(bundle):
     bench = bench_bundle(bundle, seconds=0)
     data = bench.as_dict()
@@ -275,3 +352,38 @@ def test_quantised_weights_are_held_against_their_own_graphs(bundle, monkeypatch
     assert (accuracy.engine, accuracy.dtype) == ("trt", "fp16") and accuracy.quantised is not None
     assert report.latency["trt"]["decode"].quantised.n == report.latency["trt"]["decode"].original.n
     assert ("trt", "q4f16", True) not in opened, "the original has no quantised weights"
+
+
+def test_a_float_network_does_not_pass_for_the_quantised_one(bundle, monkeypatch, make_session):
+    """Engines of quantised weights were built for another target than the one that runs here."""
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if engine == "trt" or (engine, dtype) == ("ort", "q4"):
+            raise InputError("has no such engine", where=bundle.path)
+        return make_session(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.quantisation.float_answers", lambda bundle, precision, reference, threads: reference)
+    bundle.manifest.weights = QuantisedWeights(type="int4", block_size=32, components={})
+    report = validate_bundle(bundle, seconds=0, max_drop=100, min_speedup=0.001)
+    assert report.accuracy["vqa"].engine == "ort" and report.accuracy["vqa"].drop_points == 0
+    assert report.latency["ort"]["end_to_end"].speedup is not None
+    with pytest.raises(GateFailed, match=r"max_drop: not measured, .*; min_speedup: not measured"):
+        report.raise_for_gates()
+    reasons = {x.what: x.reason for x in report.not_measured}
+    assert reasons["accuracy.quantised"] == reasons["latency.ort.quantised"]
+    assert reasons["accuracy.quantised"].startswith("no int4 network for ort in fp32 runs here; build it: infoprune-export build DIR")
+
+
+def test_accuracy_goes_through_an_engine_that_has_the_quantised_network_too(bundle, monkeypatch, make_session):
+    def open_session(bundle, *, engine="ort", dtype="fp32", original=False, threads=None):
+        if (engine, dtype) == ("ort", "q4"):
+            raise InputError("has no such engine", where=bundle.path)
+        return make_session(0, **SIZES)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.quantisation.float_answers", lambda bundle, precision, reference, threads: reference)
+    bundle.manifest.weights = QuantisedWeights(type="int4", block_size=32, components={})
+    report = validate_bundle(bundle, seconds=0, max_drop=100)
+    assert report.accuracy["vqa"].engine == "trt" and report.accuracy["vqa"].quantised is not None and report.passed
+    assert [x.what for x in report.not_measured] == ["latency.ort.quantised"]
