@@ -99,7 +99,8 @@ def weight_files(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _append(tensor: ir.TensorProtocol, name: str, data: Path) -> ir.ExternalTensor:
-    with open(data, "ab") as f:
+    data.touch()
+    with open(data, "r+b") as f:  # not "ab": where files are copied inside the kernel, none may be open for appending
         f.seek(0, io.SEEK_END)
         f.write(b"\0" * (-f.tell() % ALIGNMENT))
         offset = f.tell()
