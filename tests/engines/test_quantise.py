@@ -50,10 +50,10 @@ def run(path, dtype="fp32", **options):
 
 
 def by_hand(path):
-    """Logits in NumPy, of the matrices that the graph dequantises."""
+    """Logits in float64, of the matrices that the graph dequantises: how two float32 sums are rounded is the processor's affair."""
     w = matrices(path)
     weights = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-    hidden = (feeds()["inputs_embeds"] @ w["first.weight"] @ w["second.weight"] + weights["bias"]) @ w["dense.weight"]
+    hidden = (feeds()["inputs_embeds"].astype(np.float64) @ w["first.weight"] @ w["second.weight"] + weights["bias"]) @ w["dense.weight"]
     return hidden[:, -1] @ w["lm_head.weight"]
 
 
@@ -72,7 +72,7 @@ def test_every_matrix_is_quantised_and_nothing_else(tmp_path, weights):
     before = {t.name: t for t in onnx.load(source).graph.initializer}
     for name, tensor in kept.items():
         np.testing.assert_array_equal(numpy_helper.to_array(tensor), numpy_helper.to_array(before[name]))
-    assert off(run(out, optimise=False), by_hand(out)) < 1e-5
+    assert off(run(out, optimise=False), by_hand(out)) < 1e-6  # eight roundings of float32; a processor takes three or four
     assert 0 < off(run(out, optimise=False), run(source)) < {"int4": 0.3, "int8": 0.02}[weights]
 
 
