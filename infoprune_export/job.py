@@ -157,15 +157,16 @@ class Job(Material):
         from infoprune_export.compress.gates import learn_heads_of
         from infoprune_export.compress.recover import record_of
 
-        learned = learn_heads_of(
-            plan,
-            self.whole_original(),
-            self.findings,
-            self.training_rows,
-            steps=steps,
-            directory=self.scratch,
-            progress=self.progress,
-        )
+        with self.stopwatch.measuring("training"):
+            learned = learn_heads_of(
+                plan,
+                self.whole_original(),
+                self.findings,
+                self.training_rows,
+                steps=steps,
+                directory=self.scratch,
+                progress=self.progress,
+            )
         plan = self._within_budget(heads=learned.heads, **common)
         if learned.steps:
             plan.training = record_of(self.training_rows, self._training_names()).model_copy(update={"head_steps": learned.steps})

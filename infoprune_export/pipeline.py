@@ -136,9 +136,10 @@ def _train(job: Job, untrained: Path, root: Path) -> None:
     """Trains the smaller model; what it learns goes into the factors."""
     from infoprune_export.compress.network import save_weights
 
-    model = _untrained(job, untrained)
-    announce(untrained, "train")
-    plan = job.recover(Plan.load(untrained), model)
+    with job.stopwatch.measuring("training"):
+        model = _untrained(job, untrained)
+        announce(untrained, "train")
+        plan = job.recover(Plan.load(untrained), model)
     plan.save(root)
     copy_processor_files(job.checkpoint.directory, root)
     save_weights(model, root)

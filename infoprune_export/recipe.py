@@ -44,7 +44,9 @@ class Workload(_Strict):
         return self.images * self.image_tokens + self.text_tokens
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.images} x {self.image_tokens} image + {self.text_tokens} text tokens, {self.new_tokens} new"
+        # A recipe that does not name them takes the model's own number of image tokens, which is not known before the model is.
+        image = f"{self.image_tokens} image" if "image_tokens" in self.model_fields_set else "the model's image"
+        return f"batch {self.batch}, {self.images} x {image} + {self.text_tokens} text tokens, {self.new_tokens} new"
 
 
 class DataSource(_Strict):

@@ -52,7 +52,11 @@ def test_plan_card_and_inspect_say_how_it_was_trained(run, trained):
     assert (training.head_steps, training.steps) == (HEAD_STEPS, STEPS)
     assert training.data == ["tiny:vqa", "tiny:textvqa"]
     assert 0 < training.images <= 4 * (STEPS + HEAD_STEPS) < training.questions
-    assert json.loads((trained / "report.json").read_text())["gates"]["numerics"]["passed"]
+    report = json.loads((trained / "report.json").read_text())
+    assert report["gates"]["numerics"]["passed"]
+    took = report["resources"]["parts"]
+    assert set(took) == {"calibration", "algebra", "training", "files"} and took["training"] > 0
+    assert " without training" in (trained / "report.html").read_text()
     assert not list(trained.rglob("*.checkpoint"))
 
 

@@ -185,9 +185,9 @@ class Resources(_Record):
 
     memory_bytes: Estimate = Field(description="peak of memory that no file lies behind")
     disk_bytes: Estimate = Field(description="peak of the work folder and of what --spill holds")
-    seconds: Estimate
+    seconds: Estimate = Field(description="what is predicted leaves training out")
     parts: dict[str, float] = Field(
-        {}, description="of the seconds measured: calibration (running the data), algebra, files (reading, writing, tracing)"
+        {}, description="of the seconds measured: calibration (running the data), algebra, training, files (reading, writing, tracing)"
     )
 
 

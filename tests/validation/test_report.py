@@ -126,5 +126,5 @@ def test_what_making_took_is_kept_by_later_reports(report, plan, tmp_path):
     report.write(tmp_path, plan)
     assert Report.read(tmp_path / "report.json").resources == took
     page = (tmp_path / "report.html").read_text()
-    assert "4.50 GB, predicted 5.00 GB" in page and "1 h 2 min, predicted 1 min 0 s (calibration 50 min 0 s" in page
+    assert "4.50 GB, predicted 5.00 GB" in page and "1 h 2 min, predicted 1 min 0 s without training (calibration 50 min 0 s" in page
     assert "a killed run was gone on from" in page
