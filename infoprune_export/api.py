@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
-from infoprune_export.job import Job, require_export
+from infoprune_export.job import Job
 from infoprune_export.material import Options
 from infoprune_export.plans import Plan
 from infoprune_export.precision import Dtype, WeightType
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Scope, TargetName
+from infoprune_export.requirements import require_export
 from infoprune_export.resolution import resolve
 
 if TYPE_CHECKING:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from infoprune_export.bundle import Bundle
 from infoprune_export.errors import InputError
-from infoprune_export.job import Job, copy_processor_files, read_plan_for, require_export
+from infoprune_export.job import Job, copy_processor_files, read_plan_for
 from infoprune_export.material import Options
 from infoprune_export.plans import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
+from infoprune_export.requirements import require_export
 from infoprune_export.workspace import beside
 
 
@@ -27,10 +28,12 @@ def to_model(recipe: Recipe, options: Options, progress: Progress | None = None)
 
     Raises:
         InputError: the plan is another model's, or the output directory is in use.
+        NotEnough: less memory or disk than it takes.
     """
     require_export()
     with Job(recipe, options, progress) as job, _in_place_when_whole(options.out) as part:
         job.resumable = True
+        job.foresee(network=True)
         plan = job.factors(job.decide())
         plan.save(part)
         copy_processor_files(job.checkpoint.directory, part)

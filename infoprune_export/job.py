@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.bundle import write_atomically
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.errors import InputError
 from infoprune_export.launched import own, processes
+from infoprune_export.ledger import foresee
 from infoprune_export.material import Material, Options
 from infoprune_export.plans import Plan, read_factors
+from infoprune_export.precision import Dtype
+from infoprune_export.preflight import Work
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
+from infoprune_export.requirements import require
 from infoprune_export.stopwatch import Stopwatch
-from infoprune_export.workspace import beside, side_folder
+from infoprune_export.workspace import beside, side_folder, tree_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,19 +30,6 @@ if TYPE_CHECKING:
     from infoprune_export.compress.packing import Row
     from infoprune_export.timetable import TimeTable
     from infoprune_export.validation.stand_ins import Setting
-
-
-def require_export() -> None:
-    """Refuses early, with the install line, where PyTorch and its friends are missing.
-
-    Raises:
-        MissingRequirement: names the first package that is missing.
-    """
-    from importlib.util import find_spec
-
-    for package in ("torch", "transformers", "onnxscript", "onnx_graphsurgeon", "scipy"):
-        if find_spec(package) is None:
-            raise MissingRequirement(f"compressing and exporting need {package}", mend='pip install "infoprune-export[export]"')
 
 
 class Job(Material):
@@ -91,9 +83,47 @@ class Job(Material):
         return self._held.enter_context(folder)
 
     @property
-    def spilled_elsewhere(self) -> Path | None:
-        """This run's folder in the directory that `--spill` names."""
-        return beside(*self._side()) if self.options.spill else None
+    def spill_folder(self) -> Path:
+        """This run's folder in the directory that `--spill` names, or beside the output; without `--spill` a bundle's is in its work folder."""
+        return beside(*self._side())
+
+    def work(self, *, dtypes: Sequence[Dtype] = (), original: bool = False, network: bool = True) -> Work:
+        """What this job comes to, for a prediction of what it takes.
+
+        Args:
+            dtypes: Of the graphs it exports.
+            original: Whether the original's graphs stay.
+            network: Whether it writes the smaller network.
+        """
+        from infoprune_export.compress.evidence import needs_gradients, task_needs
+        from infoprune_export.models.load import weight_files
+
+        recipe, given = self.recipe, self.options.plan and Plan.read(self.options.plan)
+        factors = recipe.kept < 1 if given is None else not given.is_identity and given.factors_sha256 is None
+        return Work(
+            anatomy=self.anatomy,
+            workload=self.workload,
+            parameters=self.checkpoint.parameters,
+            stored_bytes=sum(p.stat().st_size for p in weight_files(self.checkpoint.directory)),
+            kept=given.budget.predicted if given else recipe.kept,
+            samples=recipe.samples if factors else 0,
+            weighted=needs_gradients(recipe.criterion),
+            answers=task_needs(recipe.criterion),
+            dtypes=tuple(dtypes),
+            original=original,
+            network=network,
+            train_steps=recipe.train_steps,
+            on_gpu=self.device.type != "cpu",
+        )
+
+    def foresee(self, *, network: bool) -> None:
+        """Refuses what would not fit, and tells what will take long, where no bundle is made.
+
+        Raises:
+            NotEnough: less memory or disk than it takes.
+        """
+        out, spill = self.options.out.absolute(), self.spill_folder
+        foresee(self.work(network=network), out.parent, spill.parent, self.progress.note, spilled=tree_bytes(spill))
 
     def _side(self) -> tuple[Path, str]:
         """What the folder is beside that outlives a killed run, and its name: a dry run leaves alone what a killed run has there."""
@@ -266,17 +296,13 @@ class Job(Material):
         Raises:
             MissingRequirement: with the install line.
         """
-        from importlib.util import find_spec
-
         if not self.recipe.train_steps:
             return
         needed = {
             "accelerate": self.device.type != "cpu" or processes() > 1,
             "peft": self.recipe.recovery.by_lora(self.checkpoint.parameters),
         }
-        for package, used in needed.items():
-            if used and find_spec(package) is None:
-                raise MissingRequirement(f"this training needs {package}", mend='pip install "infoprune-export[train]"')
+        require("this training needs", [package for package, used in needed.items() if used], "train")
 
     def make_plan(self) -> Plan:
         """The plan with its factors, trained where the recipe says so."""

@@ -19,6 +19,20 @@ LOOK_EVERY = 0.1
 """Seconds between two looks at the memory."""
 
 
+def foresee(work: Work, out: Path, spill: Path, note: Callable[[str], None], written: int = 0, spilled: int = 0) -> Needs:
+    """Predicts what work takes, refuses what would not fit, and tells what will take long; see `preflight.check`.
+
+    Raises:
+        NotEnough: less memory or disk than the work takes.
+    """
+    needs = work.needs(matrix_rate())
+    check(needs, work, out, spill, written, spilled)
+    if needs.seconds >= WORTH_TELLING:
+        minutes = f"{round(needs.seconds / 60)} minutes" + " on the CPU and less with the GPU" * work.on_gpu
+        note(f"compressing takes about {minutes}, {gib(needs.memory)} of memory and {gib(needs.disk)} of disk here")
+    return needs
+
+
 class Ledger:
     """Predicts, refuses what would not fit, and writes down what compressing and exporting took.
 
@@ -33,13 +47,9 @@ class Ledger:
     """
 
     def __init__(self, work: Work, space: Workspace, spill: Path | None, note: Callable[[str], None]):
-        self.needs: Needs = work.needs(matrix_rate())
         self._space, self._folders = space, [space.folder] if spill is None else [space.folder, spill]
         written, spilled = tree_bytes(space.folder), sum(map(tree_bytes, self._folders[1:]))
-        check(self.needs, work, space.folder.parent, self._folders[-1].parent, written, spilled)
-        if self.needs.seconds >= WORTH_TELLING:
-            minutes = f"{round(self.needs.seconds / 60)} minutes" + " on the CPU and less with the GPU" * work.on_gpu
-            note(f"compressing takes about {minutes}, {gib(self.needs.memory)} of memory and {gib(self.needs.disk)} of disk here")
+        self.needs = foresee(work, space.folder.parent, self._folders[-1].parent, note, written, spilled)
         self._memory = self._disk = 0
         # A run that was killed inside a stage has done a part of it without having marked it.
         self._seconds, self._whole = 0.0, not (space.resume and (written or spilled))

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 from infoprune_export import __version__
 from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
 from infoprune_export.errors import InputError
-from infoprune_export.job import Job, copy_processor_files, require_export
+from infoprune_export.job import Job, copy_processor_files
 from infoprune_export.launched import announce, is_first, processes, wait
 from infoprune_export.ledger import Ledger
 from infoprune_export.material import Options
 from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Plan
 from infoprune_export.precision import Dtype, quantised
-from infoprune_export.preflight import Work
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import DataSource, Recipe
+from infoprune_export.requirements import require_export
 from infoprune_export.versions import library_versions
 from infoprune_export.workspace import Workspace, check_output
 
@@ -77,7 +77,8 @@ def run(job: Job) -> tuple[Bundle, Report]:
     if recipe.evaluation:
         job.questions(list(recipe.evaluation.values()), 1)  # a misspelt path is told now and not after the work
     space = Workspace(options.out, _run_key(job, keep_original), options.resume, [options.spill] if options.spill else [])
-    ledger = Ledger(_work(job, dtypes, keep_original), space, job.spilled_elsewhere, progress.note)
+    work = job.work(dtypes=dtypes, original=keep_original)
+    ledger = Ledger(work, space, job.spill_folder if options.spill else None, progress.note)
     with space, ledger.kept():
         root = space.path
         job.scratch = space.scratch
@@ -101,27 +102,6 @@ def run(job: Job) -> tuple[Bundle, Report]:
         bundle.write_manifest()
         space.finish()
     return Bundle.open(options.out, verify=False), report
-
-
-def _work(job: Job, dtypes: list[Dtype], keep_original: bool) -> Work:
-    from infoprune_export.compress.evidence import needs_gradients, task_needs
-
-    recipe = job.recipe
-    compresses = recipe.kept < 1 or job.options.plan is not None
-    return Work(
-        anatomy=job.anatomy,
-        workload=job.workload,
-        parameters=job.checkpoint.parameters,
-        stored_bytes=sum(p.stat().st_size for p in _weight_files(job)),
-        kept=recipe.kept,
-        samples=recipe.samples if compresses else 0,
-        weighted=needs_gradients(recipe.criterion),
-        answers=task_needs(recipe.criterion),
-        dtypes=tuple(dtypes),
-        original=keep_original,
-        train_steps=recipe.train_steps,
-        on_gpu=job.device.type != "cpu",
-    )
 
 
 def _compress(job: Job, root: Path) -> None:
@@ -282,6 +262,7 @@ def write_plan(recipe: Recipe, options: Options, progress: Progress | None = Non
         raise InputError("exists and holds something else than a plan; it is never overwritten", where=out, mend="choose another --out")
     with Job(recipe, options, progress) as job:
         job.resumable = True
+        job.foresee(network=False)
         plan = job.make_plan()
         if is_first():  # the processes of a launch all come to the same plan
             plan.save(out)

@@ -71,6 +71,7 @@ class Work:
         answers: What is gathered in a pass of its own, of the gradients of the reference answers: `gates`, `weights`.
         dtypes: Of the graphs.
         original: Whether the original's graphs are kept.
+        network: Whether the smaller network is written, and not its factors alone.
         train_steps: Whole networks are in memory where there are any.
         on_gpu: Whether layers are computed on a GPU; networks are in its memory then, and what was trained comes back from there.
     """
@@ -84,6 +85,7 @@ class Work:
     weighted: bool
     dtypes: tuple[Dtype, ...]
     original: bool
+    network: bool = True
     answers: frozenset[str] = frozenset()
     train_steps: int = 0
     on_gpu: bool = False
@@ -97,7 +99,7 @@ class Work:
         largest = max(self._layer_memory(x, mapped) for x in layers)
         network = 4 * round(self.kept * self.parameters)
         whole = (network if self.on_gpu else 3 * 4 * self.parameters) if self.train_steps else 0
-        factors = network if self.samples else 0
+        factors, written = (network if x else 0 for x in (self.samples, self.network))
         graphs = sum(BYTES[d] for d in self.dtypes) * round((self.kept + self.original) * self.parameters)
         training = 6 * 4 * self.parameters * bool(self.train_steps)
         per_sample = sum(4 * self._tokens(x) * x.attention.o.d_out * (1 + self._backwards / 8) for x in layers)
@@ -105,7 +107,7 @@ class Work:
         gradients = sum(4 * _attention_parameters(x) for x in layers) * ("weights" in self.answers)
         spill = round(self.samples * per_sample) + (kept_moments + gradients + factors if self.samples else 0)
         seconds = sum(map(self._layer_flops, layers)) / flops_per_second if self.samples else 0.0
-        return Needs(max(BASE_BYTES + rest + largest, whole), network + factors, graphs + training, spill, round(per_sample), seconds)
+        return Needs(max(BASE_BYTES + rest + largest, whole), written + factors, graphs + training, spill, round(per_sample), seconds)
 
     @property
     def _backwards(self) -> bool:

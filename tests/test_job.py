@@ -1,6 +1,7 @@
 """What a job makes of its data before any of it reaches the model."""
 
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +9,12 @@ import pytest
 
 from infoprune_export.application import to_model
 from infoprune_export.compress.decide import keep_everything
-from infoprune_export.errors import InputError, MissingRequirement
+from infoprune_export.errors import InputError, MissingRequirement, NotEnough
 from infoprune_export.job import Job
 from infoprune_export.material import Options
+from infoprune_export.memory import Memory
 from infoprune_export.pipeline import write_plan
+from infoprune_export.plans import Plan
 from infoprune_export.recipe import DataSource
 from infoprune_export.resolution import resolve
 
@@ -65,7 +68,7 @@ def test_no_calibration_data_is_an_error(tmp_path):
     ],
 )
 def test_what_training_needs_is_asked_for_before_the_work(tmp_path, monkeypatch, update, processes, missing):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("infoprune_export.requirements.find_spec", lambda name: None)
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     recipe = resolve("tiny-llava", {"train_steps": 5})
     recipe = recipe.model_copy(update={"recovery": recipe.recovery.model_copy(update=update)})
@@ -172,6 +175,24 @@ def test_plan_and_apply_spill_beside_their_output_and_go_on_from_there(verb, tmp
     with pytest.raises(KeyboardInterrupt):
         verb(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
     assert seen == [tmp_path / ".out.spill" / "pass1"] and seen[0].parent.is_dir()
+
+
+@pytest.mark.parametrize("verb", [write_plan, to_model])
+def test_plan_and_apply_refuse_what_does_not_fit_before_any_work(verb, tmp_path, monkeypatch):
+    monkeypatch.setattr(Job, "decide", lambda job: pytest.fail("work was begun"))
+    monkeypatch.setattr("infoprune_export.preflight.memory", lambda: Memory(2**20, 2**20))
+    with pytest.raises(NotEnough, match="of memory at its peak"):
+        verb(resolve("tiny-llava", {}), Options(out=tmp_path / "out", device="cpu"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_takes_no_room_for_a_network_and_its_factors_no_calibration(tmp_path, bundle, small_model):
+    options = Options(out=tmp_path / "out", device="cpu")
+    plan = Job(resolve("tiny-llava", {"flops": 0.5}), options)
+    both, alone = (plan.work(network=x).needs(1e11) for x in (True, False))
+    assert alone.network == both.network / 2 and alone.spill == both.spill > 0
+    made = Job(resolve(str(small_model), {}), replace(options, plan=bundle / "plan.json")).work()
+    assert made.samples == 0 and made.kept == Plan.read(bundle / "plan.json").budget.predicted
 
 
 def test_the_processes_of_a_launch_spill_apart_and_beside_whatever_is_there(tmp_path, monkeypatch):

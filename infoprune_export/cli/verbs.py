@@ -41,11 +41,11 @@ def cli() -> None:
 @options("min_speedup", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
-    from infoprune_export import job, launched, pipeline
+    from infoprune_export import job, launched, pipeline, requirements
 
     recipe, options, progress = _job(model, given, plan=plan_file, original=given["original"], resume=given["resume"], archs=given["archs"])
     if dry_run:
-        job.require_export()
+        requirements.require_export()
         with job.Job(recipe, options, progress) as work:
             return show_plan(work.decide(), as_json)
     if not launched.is_first():

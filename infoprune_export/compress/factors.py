@@ -25,7 +25,7 @@ from infoprune_export.compress.heads import fold_mean, refit_output
 from infoprune_export.compress.lowrank import Observed, factorise, nothing_seen, seen_before, weighting
 from infoprune_export.compress.moments import Moments, TokenWeights
 from infoprune_export.compress.spill import Spill
-from infoprune_export.compress.statistics import Batch, Statistics, at_input, check_finite, observer
+from infoprune_export.compress.statistics import Batch, Statistics, at_input, check_finite, observer, shares_input
 from infoprune_export.compress.surgery import dense, head_rows, low_rank, prune_heads
 from infoprune_export.compress.walk import Reached, Stage
 from infoprune_export.models.anatomy import Layer, site
@@ -115,14 +115,14 @@ def _cut_layer(model: nn.Module, layer: Layer, plan: Plan, source: _Prefix | _On
         if compensated:
             new = dense(compensated["weight"], compensated.get("bias"))
             model.set_submodule(path, new.to(model.get_submodule(path).weight.device))
-    shared: Observed = None
+    inputs: dict[str, Observed] = {}
     for role, linear in layer.ffn.matrices.items():
         if (rank := decision.ranks[role]) is None:
             continue
         key, module = site(layer.tower, layer.index, role), model.get_submodule(linear.path)
-        seen = shared if role == "up" and shared is not None else source.feed_forward(model, layer, role, rule)
-        if role == "gate" and at_input(linear, seen):
-            shared = seen  # up reads the same input: the layer need not run again
+        seen = inputs.get(shares_input(layer, role) or role) or source.feed_forward(model, layer, role, rule)
+        if at_input(linear, seen):
+            inputs[role] = seen  # the layer need not run again for another that reads them
         weight, bias = _on_cpu(module)
         w = weighting(rule, key, linear, weight.double(), seen, known)
         pair = factorise(linear, weight, bias, w, rank)

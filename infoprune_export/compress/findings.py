@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from infoprune_export.compress.allocate import LayerKey
 from infoprune_export.compress.evidence import gather_for, needs_gradients
-from infoprune_export.compress.lowrank import seen_before, spectrum, weighting
+from infoprune_export.compress.lowrank import loss_moment, seen_before, spectrum, weighting
 from infoprune_export.compress.moments import InputScale, Moments
 from infoprune_export.compress.scores import HEAD_RULES, Evidence
 from infoprune_export.compress.statistics import Batch, Statistics, no_gradient
-from infoprune_export.models.anatomy import Anatomy, Layer, site
+from infoprune_export.models.anatomy import Anatomy, Layer, Linear, site
 from infoprune_export.models.streamed import at_hand
 from infoprune_export.recipe import Criterion
 from infoprune_export.stopwatch import Stopwatch
@@ -65,11 +65,16 @@ def look(layer: Layer, model: nn.Module, stats: Statistics, criterion: Criterion
         spectra[role] = np.empty(0)
         if criterion.allocation != "uniform":
             at = site(layer.tower, layer.index, role)
-            weight = model.get_submodule(linear.path).weight.double().cpu()
+            weight = weight_of(model, linear)
             seen = seen_before(criterion.weighting, at, stats)
             spectra[role] = spectrum(linear, weighting(criterion.weighting, at, linear, weight, seen, stats)).numpy()
     felt = key in stats.gradients and bool(stats.gradients[key].outer.any())
     return LayerFindings(list(units), spectra, stats.attention[key].count > 0, felt)
+
+
+def weight_of(model: nn.Module, linear: Linear) -> Tensor:
+    """A map's weight where the moments are, float64, shape [d_out, d_in]."""
+    return model.get_submodule(linear.path).weight.double().cpu()
 
 
 def look_at_all(model: nn.Module, anatomy: Anatomy, stats: Statistics, criterion: Criterion, seed: int = 0) -> Findings:
@@ -116,7 +121,7 @@ class Survey:
 
         def finish(layer: Layer, stats: Statistics) -> None:
             with measuring("algebra"):
-                self._keep(layer, look(layer, model, stats, self.criterion, seed), stats)
+                self._keep(layer, model, look(layer, model, stats, self.criterion, seed), stats)
 
         with measuring("calibration"):
             gather_for(
@@ -134,8 +139,8 @@ class Survey:
         for name in file:
             kind, _, rest = name.partition("/")
             key, _, part = rest.partition("/")
-            if kind == "energy":
-                stats.gradient_energy[key] = float(file[name])
+            if kind == "losses":
+                stats.losses[key] = torch.tensor(file[name])
             elif part == "outer":
                 parts = {p: file[f"{kind}/{key}/{p}"] for p in ("total", "outer", "count")}
                 kept = Moments(torch.tensor(parts["total"]), torch.tensor(parts["outer"]), int(parts["count"]))
@@ -147,15 +152,16 @@ class Survey:
     def _file(self, layer: Layer) -> Path:
         return self.directory / f"{layer.tower}.{layer.index}.safetensors"
 
-    def _keep(self, layer: Layer, found: LayerFindings, stats: Statistics) -> None:
+    def _keep(self, layer: Layer, model: nn.Module, found: LayerFindings, stats: Statistics) -> None:
         tensors: dict[str, np.ndarray] = {
             "units": np.array(found.units, np.float64),
             "noticed": np.array([found.seen, found.felt], np.int64),
             **{f"spectra/{role}": np.asarray(s, np.float64) for role, s in found.spectra.items()},
         }
         if self.criterion.weighting == "loss":
-            tensors |= _moments("gradients", {k: m for k, m in stats.gradients.items() if k in stats.gradient_energy})
-            tensors |= {f"energy/{key}": np.array(e, np.float64) for key, e in stats.gradient_energy.items()}
+            for role, linear in layer.ffn.matrices.items():
+                key = site(layer.tower, layer.index, role)
+                tensors[f"losses/{key}"] = loss_moment(key, linear, weight_of(model, linear), stats).numpy()
         if not self.criterion.recalibrate:
             tensors |= _moments("attention", stats.attention) | _moments("ffn", stats.ffn)
             for key, scale in stats.scales.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from infoprune_export.compress.information import effective_rank, ks_distance
 from infoprune_export.compress.lowrank import GRADIENT_FLOOR
-from infoprune_export.compress.spectra import WIDE, Root, sandwich, spectrum_of_moment, symmetric_power, top_eigenvectors
+from infoprune_export.compress.spectra import WIDE, Root, product, spectrum_of_moment, symmetric_power, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics
 from infoprune_export.models.anatomy import Attention, Layer, site
 
@@ -74,11 +74,11 @@ def score_layer(layer: Layer, weight: Tensor, stats: Statistics, erank_weight: f
     else:
         energy = float(torch.trace(w @ c @ w.T))
         a = w / energy**0.5 if energy > 0 else w
-    outputs = sandwich(a, c)
+    outputs = product(a, c, a.T)
     whole, seen, beyond = spectrum_of_moment(outputs), a, 1.0
     if len(outputs) > WIDE:  # spectra with and without a unit are compared where most mass is, and the rest counts in proportion
         top = top_eigenvectors(outputs, SUBSPACE)
-        seen, outputs, mass = top.T @ a, sandwich(top.T, outputs), float(whole.sum())
+        seen, outputs, mass = top.T @ a, product(top.T, outputs, top), float(whole.sum())
         whole = spectrum_of_moment(outputs)
         beyond = mass / float(whole.sum()) if mass else 1.0
     mixed = seen @ c

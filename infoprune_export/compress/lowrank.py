@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.moments import InputScale, Moments
-from infoprune_export.compress.spectra import Root, spectrum_of_moment, top_eigenvectors, working_type
+from infoprune_export.compress.spectra import Root, product, spectrum_of_moment, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics, input_side
 from infoprune_export.models.anatomy import Linear
 from infoprune_export.recipe import WeightingName
@@ -92,26 +92,38 @@ def weighting(rule: WeightingName, key: str, linear: Linear, weight: Tensor, see
         seen: From pass 1 or from the compressed prefix, as `nothing_seen` made it.
         stats: Pass 1, for the gradients.
     """
-    identity = _gram(weight) if input_side(linear) else torch.eye(linear.d_out, dtype=torch.float64)
     if isinstance(seen, Moments):
         data, mean = (seen.covariance, seen.mean) if linear.bias else (seen.second, seen.mean)
     else:
         scale = torch.ones(linear.d_in, dtype=torch.float64) if seen is None else _asvd_scale(seen)
         data = torch.diag(scale**2) if input_side(linear) else (weight * scale**2) @ weight.T
         mean = torch.zeros(len(data), dtype=torch.float64)
-    if rule != "loss":
-        # Relative error of the map's own output: the only scale there is without the loss.
-        energy = float(torch.trace(identity @ data))
-        return Weighting(data, identity / energy if energy > 0 else identity, mean)
-    gradients = stats.gradients[key].outer / stats.samples
-    energy = stats.gradient_energy[key] / stats.samples
-    return Weighting(data, (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * identity, mean)
+    if rule == "loss":
+        return Weighting(data, loss_moment(key, linear, weight, stats), mean)
+    # Relative error of the map's own output: the only scale there is without the loss.
+    every_output = _every_output(linear, weight)
+    energy = float(torch.trace(every_output @ data))
+    return Weighting(data, every_output / energy if energy > 0 else every_output, mean)
 
 
-def _gram(weight: Tensor) -> Tensor:
-    """`W^T W` in float64, computed in the working type."""
-    w = weight.to(working_type(weight))
-    return (w.T @ w).double()
+def loss_moment(key: str, linear: Linear, weight: Tensor, stats: Statistics) -> Tensor:
+    """G or M of one map, per sample, with its floor, shape [n, n], n the smaller side.
+
+    Both passes ask for it and it takes a product of whole matrices: it is made once, and kept in `stats` in the place of the
+    gradients that it is made of.
+    """
+    if key not in stats.losses:
+        gradients = stats.gradients.pop(key).outer / stats.samples
+        energy = stats.gradient_energy.pop(key) / stats.samples
+        stats.losses[key] = (1 - GRADIENT_FLOOR) * gradients + GRADIENT_FLOOR * energy * _every_output(linear, weight)
+    return stats.losses[key]
+
+
+def _every_output(linear: Linear, weight: Tensor) -> Tensor:
+    """The loss weight where all outputs of a map weigh the same, seen from its smaller side: `W^T W`, or the identity."""
+    if not input_side(linear):
+        return torch.eye(linear.d_out, dtype=torch.float64)
+    return product(weight.T, weight)
 
 
 def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:
@@ -143,14 +155,14 @@ def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting,
     if input_side(linear):
         root = Root.of(w.data)
         top = top_eigenvectors(root.around(w.loss), rank)
-        second, first = weight @ (root.matrix @ top), root.undo(top.T)
+        second, first = product(weight, product(root.matrix, top)), root.undo(top.T)
         dropped_mean = weight @ w.mean - second @ (first @ w.mean)
     else:
         # Here G is inverted, never the data: directions without data are free, directions without loss have the floor.
         root = Root.of(w.loss)
         top = top_eigenvectors(root.around(w.data), rank)
-        kept = top.T @ root.matrix.T
-        second, first = root.undo(top.T).T, kept @ weight
+        kept = product(top.T, root.matrix.T)
+        second, first = root.undo(top.T).T, product(kept, weight)
         dropped_mean = w.mean - second @ (kept @ w.mean)
     balance = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     pair = {"first": (first / balance[:, None]).float(), "second": (second * balance).float()}

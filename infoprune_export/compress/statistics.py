@@ -56,7 +56,8 @@ class Statistics:
         ffn: Site of a feed-forward matrix to moments of its smaller side (see `input_side`).
         gradients: Site to moments of the loss gradient: at the output for output-side maps; pulled back through
             the map to its input (`W^T g`) for input-side ones.
-        gradient_energy: Site to the mean of `|g|^2` per output and sample, for regularisation.
+        gradient_energy: Site to the mean of `|g|^2` per output, summed over samples, for regularisation.
+        losses: Site of a feed-forward matrix to what `lowrank.loss_moment` has made of its gradients, shape [n, n].
         scales: Site of a feed-forward matrix to the mean absolute value of its inputs, where it was asked for.
         task: Gradients of the reference answers' loss, where a head score asks for them.
         samples: Questions seen.
@@ -67,6 +68,7 @@ class Statistics:
     ffn: dict[str, Moments] = field(default_factory=dict)
     gradients: dict[str, Moments] = field(default_factory=dict)
     gradient_energy: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, InputScale] = field(default_factory=dict)
     task: TaskGradients | None = None
     samples: int = 0
@@ -78,7 +80,7 @@ class Statistics:
 
     def take_in(self, other: Statistics) -> None:
         """Adds the sites of another layer."""
-        for name in ("attention", "ffn", "gradients", "gradient_energy", "scales"):
+        for name in ("attention", "ffn", "gradients", "gradient_energy", "losses", "scales"):
             getattr(self, name).update(getattr(other, name))
 
     def check_finite(self) -> None:
@@ -107,6 +109,11 @@ def check_finite(key: str, seen: Moments | InputScale) -> None:
 def input_side(linear: Linear) -> bool:
     """Whether a map's moments are gathered at its input (it widens) or at its output (it narrows)."""
     return linear.d_out > linear.d_in
+
+
+def shares_input(layer: Layer, role: str) -> str | None:
+    """The role, walked before, of a feed-forward matrix that reads the same input as another: what is seen of one is seen of both."""
+    return "gate" if role == "up" and "gate" in layer.ffn.matrices else None
 
 
 def without_bias(module: nn.Linear, output: Tensor) -> Tensor:
@@ -241,9 +248,15 @@ def _layer_hooks(model: nn.Module, layer: Layer, stats: Statistics, scales: bool
     for role, linear in layer.ffn.matrices.items():
         key = site(layer.tower, layer.index, role)
         module = model.get_submodule(linear.path)
-        stats.ffn[key] = Moments.zeros(min(linear.d_in, linear.d_out))
-        yield module.register_forward_hook(observer(linear, stats.ffn[key], tower, tokens))
-        if scales:
+        shared = shares_input(layer, role)
+        if shared and input_side(linear):
+            stats.ffn[key] = stats.ffn[site(tower, layer.index, shared)]
+        else:
+            stats.ffn[key] = Moments.zeros(min(linear.d_in, linear.d_out))
+            yield module.register_forward_hook(observer(linear, stats.ffn[key], tower, tokens))
+        if scales and shared:
+            stats.scales[key] = stats.scales[site(tower, layer.index, shared)]
+        elif scales:
             stats.scales[key] = InputScale.zeros(linear.d_in)
             yield module.register_forward_hook(observer(linear, stats.scales[key], tower, tokens))
         if stats.weighted:

@@ -99,9 +99,7 @@ def compare(component: str, actual: np.ndarray, expected: np.ndarray, engine: st
     name, tolerance = f"{component} ({engine}, {dtype})", TOLERANCES[dtype]
 
     def failed(message: str) -> ComponentNumerics:
-        return ComponentNumerics(
-            engine=engine, dtype=dtype, max_abs=None, max_rel=None, cosine=None, passed=False, message=f"{name}: {message}"
-        )
+        return unmeasured(engine, dtype, f"{name}: {message}")
 
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
@@ -115,6 +113,11 @@ def compare(component: str, actual: np.ndarray, expected: np.ndarray, engine: st
     passed = max_rel <= tolerance.max_rel and cosine >= tolerance.cosine
     message = None if passed else f"{name}: allowed are max_rel {tolerance.max_rel:g} and cosine {tolerance.cosine:g}"
     return ComponentNumerics(engine=engine, dtype=dtype, max_abs=max_abs, max_rel=max_rel, cosine=cosine, passed=passed, message=message)
+
+
+def unmeasured(engine: str, dtype: str, message: str | None = None) -> ComponentNumerics:
+    """The record of a component that failed before there was anything to compare."""
+    return ComponentNumerics(engine=engine, dtype=dtype, max_abs=None, max_rel=None, cosine=None, passed=False, message=message)
 
 
 def closeness(actual: np.ndarray, expected: np.ndarray) -> tuple[float, float, float]:

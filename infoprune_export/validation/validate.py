@@ -202,7 +202,7 @@ class Run:
                 records = {"generation": failed}
                 self.notify(numerics.describe("generation", failed))
             if (engine, dtype) == ("onnx", "fp16") and (overflow := first_overflow(self.bundle, reference)):
-                record = records[overflow.component]
+                record = records.setdefault(overflow.component, numerics.unmeasured(engine, dtype))
                 record.passed, record.message = False, "; ".join(filter(None, (record.message, str(overflow))))
                 self.notify(f"FAILED | {overflow.component} (onnx, fp16) | {overflow}")
             self.report.numerics |= {f"{name}{suffix}": record for name, record in records.items()}

@@ -55,14 +55,13 @@ def test_a_moment_that_is_not_finite_is_refused(wide, size, value):
 
 @pytest.mark.parametrize("decay", [0.5, 1.5])
 @pytest.mark.parametrize("count", [4, 30])
-def test_leading_eigenvectors_capture_what_the_exact_ones_do(wide, monkeypatch, decay, count):
-    monkeypatch.setattr(spectra, "OVERSAMPLING", 4)
+def test_leading_eigenvectors_capture_what_the_exact_ones_do(wide, decay, count):
     c = moment(80, 400, decay)
     found = top_eigenvectors(c, count)
-    torch.testing.assert_close(found.T @ found, torch.eye(count, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.T @ found, torch.eye(count, dtype=torch.float64), rtol=0, atol=2e-6)
     values = torch.linalg.eigvalsh(c).flip(0)
     missed = float(c.trace() - torch.trace(found.T @ c @ found))
-    assert missed <= 1.002 * float(values[count:].sum())
+    assert missed <= float(values[count:].sum()) + 3e-7 * float(c.trace())
     assert torch.equal(found, top_eigenvectors(c, count)), "repeatable"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import infoprune_export as ip
-from infoprune_export.bundle import VISION, Bundle, Manifest, QuantisedWeights
+from infoprune_export.bundle import DECODER, VISION, Bundle, Manifest, QuantisedWeights
 from infoprune_export.cli import cli
 from infoprune_export.errors import GateFailed, InputError, MissingRequirement, NotEnough
 from infoprune_export.models.flops import count
@@ -262,6 +262,22 @@ def test_a_tensorrt_engine_is_judged_by_the_type_it_was_built_in(bundle, make_se
     assert {"generation", "generation_fp16", "generation_trt_fp16"} <= set(report.numerics)
     assert list(report.latency) == ["trt"] and report.latency_settings["trt"].dtype == "fp16"
     assert opened.count(("trt", "fp32")) == 1, "once to see what it is, then by its own type"
+
+
+def test_a_graph_that_does_not_run_is_still_looked_at_for_where_its_range_ends(bundle, make_session, monkeypatch):
+    def check(session, reference, *, dtype, **given):
+        if dtype == "fp16":
+            raise InputError("no kernel of this type")
+        return {}
+
+    monkeypatch.setattr(Session, "open", lambda bundle, **given: make_session(0, **SIZES))
+    monkeypatch.setattr("infoprune_export.validation.validate.dtype_of", lambda session: "fp16")
+    monkeypatch.setattr("infoprune_export.validation.numerics.check", check)
+    monkeypatch.setattr("infoprune_export.validation.validate.first_overflow", lambda bundle, reference: Overflow(DECODER, "v.0.up"))
+    bundle.manifest.dtypes = ["fp16"]
+    report = validate_bundle(bundle, engines=["onnx"], evaluation={}, seconds=0)
+    assert "no kernel of this type" in report.numerics["generation"].message
+    assert "leave it first at v.0.up" in report.numerics[DECODER].message and not report.numerics[DECODER].passed
 
 
 def test_another_workload_has_its_own_flops(bundle):
