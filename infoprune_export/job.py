@@ -84,7 +84,7 @@ class Job(Material):
 
     @property
     def spill_folder(self) -> Path:
-        """This run's folder in the directory that `--spill` names, or beside the output; without `--spill` a bundle's is in its work folder."""
+        """This run's folder in the directory that `--spill` names, or beside the output. (A bundle's is in its work folder without it.)"""
         return beside(*self._side())
 
     def work(self, *, dtypes: Sequence[Dtype] = (), original: bool = False, network: bool = True) -> Work:

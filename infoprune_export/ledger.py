@@ -10,7 +10,7 @@ from pathlib import Path
 
 from infoprune_export.memory import read_small
 from infoprune_export.preflight import Needs, Work, check, gib, matrix_rate
-from infoprune_export.validation.report import Estimate, Resources
+from infoprune_export.validation.records import Estimate, Resources
 from infoprune_export.workspace import Workspace, tree_bytes
 
 WORTH_TELLING = 120

@@ -32,7 +32,8 @@ from infoprune_export.workspace import Workspace, check_output
 if TYPE_CHECKING:
     from torch import nn
 
-    from infoprune_export.validation.report import Report, Resources
+    from infoprune_export.validation.records import Resources
+    from infoprune_export.validation.report import Report
 
 ORIGINAL_LIMIT = 2 * 2**30
 """Originals up to this size stay in the bundle unless the user decides otherwise."""
@@ -53,7 +54,7 @@ def export_bundle(recipe: Recipe, options: Options, progress: Progress | None = 
         progress: Told about stages and steps.
 
     Returns:
-        The bundle, and its report (see `validate.report.Report`).
+        The bundle, and its report (see `validation.report.Report`).
 
     Raises:
         InfoPruneError: see its subclasses; nothing is left behind unless a stage was finished.

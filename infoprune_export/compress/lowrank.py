@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from infoprune_export.compress.moments import InputScale, Moments
-from infoprune_export.compress.spectra import Root, product, spectrum_of_moment, top_eigenvectors
+from infoprune_export.compress.spectra import Root, gram, product, spectrum_of_moment, top_eigenvectors
 from infoprune_export.compress.statistics import Statistics, input_side
 from infoprune_export.models.anatomy import Linear
 from infoprune_export.recipe import WeightingName
@@ -123,7 +123,7 @@ def _every_output(linear: Linear, weight: Tensor) -> Tensor:
     """The loss weight where all outputs of a map weigh the same, seen from its smaller side: `W^T W`, or the identity."""
     if not input_side(linear):
         return torch.eye(linear.d_out, dtype=torch.float64)
-    return product(weight.T, weight)
+    return gram(weight)
 
 
 def _asvd_scale(seen: InputScale, alpha: float = 0.5) -> Tensor:
@@ -151,21 +151,21 @@ def factorise(linear: Linear, weight: Tensor, bias: Tensor | None, w: Weighting,
     Returns:
         `first` [r, d_in], `second` [d_out, r] and, where the map has one, `bias` [d_out]; float32.
     """
-    weight = weight.double()
     if input_side(linear):
         root = Root.of(w.data)
         top = top_eigenvectors(root.around(w.loss), rank)
         second, first = product(weight, product(root.matrix, top)), root.undo(top.T)
-        dropped_mean = weight @ w.mean - second @ (first @ w.mean)
+        mean_kept = second @ (first @ w.mean)
     else:
         # Here G is inverted, never the data: directions without data are free, directions without loss have the floor.
         root = Root.of(w.loss)
         top = top_eigenvectors(root.around(w.data), rank)
         kept = product(top.T, root.matrix.T)
         second, first = root.undo(top.T).T, product(kept, weight)
-        dropped_mean = w.mean - second @ (kept @ w.mean)
+        mean_kept = second @ (kept @ w.mean)
     balance = (first.norm(dim=1) / second.norm(dim=0).clamp_min(1e-30)).clamp_min(1e-30).sqrt()
     pair = {"first": (first / balance[:, None]).float(), "second": (second * balance).float()}
     if bias is not None:
-        pair["bias"] = (bias.double() + dropped_mean).float()
+        mean = weight.double() @ w.mean if input_side(linear) else w.mean
+        pair["bias"] = (bias.double() + (mean - mean_kept)).float()
     return pair

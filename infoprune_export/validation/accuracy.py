@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infoprune_export.validation.generation import AMPLE, Limits, continue_greedily, encode_images
-from infoprune_export.validation.report import Accuracy, Interval
+from infoprune_export.validation.records import Accuracy, Interval
 
 if TYPE_CHECKING:
     from infoprune_export.runtime.session import Session

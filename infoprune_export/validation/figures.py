@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from infoprune_export.validation.report import Accuracy, Interval, PartLatency, Report
+from infoprune_export.validation.records import Accuracy, Interval, PartLatency
+from infoprune_export.validation.report import Report
 
 ABSENT = "-"
 WHOSE = {"all": "its", "vision": "its vision tower's", "language": "its language model's"}

@@ -28,8 +28,8 @@ import numpy as np
 from infoprune_export.bundle import DECODER, EMBED, VISION
 from infoprune_export.precision import quantised
 from infoprune_export.validation.generation import AMPLE, Limits, encode_images, greedy_logits
+from infoprune_export.validation.records import ComponentNumerics, GenerationNumerics
 from infoprune_export.validation.reference import text_tokens
-from infoprune_export.validation.report import ComponentNumerics, GenerationNumerics
 
 if TYPE_CHECKING:
     from infoprune_export.runtime.session import Session

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from infoprune_export.models.anatomy import TOWERS, Layer, Linear
 from infoprune_export.plans import Plan
 from infoprune_export.validation import figures
-from infoprune_export.validation.report import GenerationNumerics, Report
+from infoprune_export.validation.records import GenerationNumerics
+from infoprune_export.validation.report import Report
 
 TOWER_NAMES = {"vision": "Vision tower", "language": "Language model"}
 

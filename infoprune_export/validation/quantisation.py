@@ -19,8 +19,8 @@ from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import Session
 from infoprune_export.validation.generation import AMPLE, encode_images, greedy_logits
 from infoprune_export.validation.numerics import closeness
+from infoprune_export.validation.records import Distance
 from infoprune_export.validation.reference import Reference, text_tokens
-from infoprune_export.validation.report import Distance
 
 
 def float_answers(bundle: Bundle, precision: Precision, reference: Reference, threads: int | None = None) -> Reference:

@@ -10,7 +10,8 @@ from rich.text import Text
 from infoprune_export.timetable import TimeTable
 from infoprune_export.validation import figures
 from infoprune_export.validation.affinity import spans
-from infoprune_export.validation.report import PartLatency, Report
+from infoprune_export.validation.records import PartLatency
+from infoprune_export.validation.report import Report
 
 
 def summary_table(report: Report) -> RenderableType:

@@ -16,7 +16,7 @@ from infoprune_export.runtime.prompts import Prompts
 from infoprune_export.runtime.session import Session
 from infoprune_export.validation import accuracy
 from infoprune_export.validation.generation import Limits
-from infoprune_export.validation.report import Accuracy
+from infoprune_export.validation.records import Accuracy
 
 ANSWER_TOKENS = 16
 """Where an answer is cut; the benchmarks' answers are a word or a few."""

@@ -21,19 +21,12 @@ from infoprune_export.runtime.session import EngineName, Session
 from infoprune_export.validation import accuracy, latency, numerics, quantisation, tasks
 from infoprune_export.validation.affinity import allowed
 from infoprune_export.validation.baseline import Baseline, find_baseline
+from infoprune_export.validation.gates import judge
 from infoprune_export.validation.generation import dtype_of, limits_of
 from infoprune_export.validation.overflow import first_overflow
+from infoprune_export.validation.records import PARTS, GenerationNumerics, LatencySettings, NotMeasured, Quantisation, Size
 from infoprune_export.validation.reference import Reference, read_reference
-from infoprune_export.validation.report import (
-    PARTS,
-    GenerationNumerics,
-    LatencySettings,
-    NotMeasured,
-    Quantisation,
-    Report,
-    Size,
-    judge,
-)
+from infoprune_export.validation.report import Report
 
 NO_ACCURACY = "the weights are random and have no accuracy"
 Notify = Callable[[str], None]

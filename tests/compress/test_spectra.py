@@ -55,14 +55,32 @@ def test_a_moment_that_is_not_finite_is_refused(wide, size, value):
 
 @pytest.mark.parametrize("decay", [0.5, 1.5])
 @pytest.mark.parametrize("count", [4, 30])
-def test_leading_eigenvectors_capture_what_the_exact_ones_do(wide, decay, count):
-    c = moment(80, 400, decay)
+@pytest.mark.parametrize("oversampling", [16, 60])
+def test_leading_eigenvectors_capture_what_the_exact_ones_do(wide, monkeypatch, decay, count, oversampling):
+    """With the larger of both oversamplings all are computed; with the smaller, few are by iteration, where that suffices."""
+    monkeypatch.setattr(spectra, "OVERSAMPLING", oversampling)
+    c = moment(200, 800, decay)
     found = top_eigenvectors(c, count)
     torch.testing.assert_close(found.T @ found, torch.eye(count, dtype=torch.float64), rtol=0, atol=2e-6)
     values = torch.linalg.eigvalsh(c).flip(0)
     missed = float(c.trace() - torch.trace(found.T @ c @ found))
-    assert missed <= float(values[count:].sum()) + 3e-7 * float(c.trace())
+    assert missed <= (1 + spectra.EXCESS) * float(values[count:].sum()) + 3e-7 * float(c.trace())
     assert torch.equal(found, top_eigenvectors(c, count)), "repeatable"
+
+
+def test_iteration_that_does_not_suffice_says_so(monkeypatch):
+    monkeypatch.setattr(spectra, "OVERSAMPLING", 4)
+    steep, flat = (moment(200, 4000, decay).float() for decay in (1.5, 0.0))
+    assert spectra._by_iteration(steep, 8) is not None and spectra._by_iteration(flat, 8) is None
+
+
+def test_products_of_which_half_is_known_are_the_whole(wide, monkeypatch):
+    monkeypatch.setattr(spectra, "BLOCK", 8)
+    a, m = torch.randn(30, 20, dtype=torch.float64), moment(20, 60, 0.3)
+    torch.testing.assert_close(spectra.gram(a), a.T @ a, rtol=0, atol=1e-5)
+    root = Root.of(moment(20, 60, 0.5, seed=1))
+    assert root.inverse is None
+    torch.testing.assert_close(root.around(m), root.matrix.T @ m @ root.matrix, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("samples", [24, 400])

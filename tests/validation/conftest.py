@@ -15,19 +15,11 @@ from infoprune_export.models.flops import DENOMINATORS, count
 from infoprune_export.plans import Budget, LayerPlan, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Criterion, Workload
 from infoprune_export.runtime.config import ModelConfig
+from infoprune_export.validation.gates import judge
 from infoprune_export.validation.latency import kept_by_part, timing
+from infoprune_export.validation.records import Accuracy, ComponentNumerics, GenerationNumerics, Interval, NotMeasured, PartLatency, Size
 from infoprune_export.validation.reference import Reference, ReferencePrompt, text_tokens
-from infoprune_export.validation.report import (
-    Accuracy,
-    ComponentNumerics,
-    GenerationNumerics,
-    Interval,
-    NotMeasured,
-    PartLatency,
-    Report,
-    Size,
-    judge,
-)
+from infoprune_export.validation.report import Report
 
 WORKLOAD = Workload(image_tokens=4, text_tokens=6, new_tokens=5)
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from infoprune_export.validation.page import pictures, report_page
-from infoprune_export.validation.report import NotMeasured
+from infoprune_export.validation.records import NotMeasured
 
 VOID = {"meta", "br", "hr", "img", "link"}
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from infoprune_export.validation.report import LatencySettings
+from infoprune_export.validation.records import LatencySettings
 from infoprune_export.validation.summary import latency_table, summary_table
 
 

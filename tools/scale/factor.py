@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infoprune_export.compress.lowrank import Weighting, factorise
+from infoprune_export.compress.spectra import gram
 from infoprune_export.models.anatomy import Linear
 
 
@@ -32,7 +33,7 @@ def measure(d_in: int, d_out: int, rank: int, rounds: int, threads: int) -> dict
         weight, moment = _draw(d_in, d_out, seed)
         side = moment if d_out > d_in else (weight.double() @ moment @ weight.double().T)
         begin = time.perf_counter()
-        identity = (weight.T @ weight).double() if d_out > d_in else torch.eye(d_out, dtype=torch.float64)
+        identity = gram(weight) if d_out > d_in else torch.eye(d_out, dtype=torch.float64)
         pair = factorise(linear, weight, None, Weighting(side, identity, torch.zeros(len(side), dtype=torch.float64)), rank)
         ours.append(time.perf_counter() - begin)
         begin = time.perf_counter()
