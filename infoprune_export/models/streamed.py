@@ -21,6 +21,8 @@ from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import Anatomy
 
 META = torch.device("meta")
+WORTH_MAPPING = 2 * 2**20
+"""Bytes from which a tensor is used where it lies in its file; the system maps pieces of this size."""
 
 
 class Shelf(Mapping[str, Tensor]):
@@ -107,11 +109,15 @@ def checkpoint_shelf(model: PreTrainedModel, files: Iterable[Path], where: objec
 
 
 def _read(path: Path, key: str) -> Tensor:
-    """A tensor on pages of its file that are mapped for as long as it lives: a file kept open would hold all that was ever read of it."""
+    """A tensor on pages of its file that are mapped for as long as it lives: a file kept open would hold all that was ever read of it.
+
+    Every mapping has pages with the file's header besides, which are more than a small tensor has: of those there is a copy.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+        tensor = file.get_tensor(key)
+    return tensor.clone() if tensor.nbytes < WORTH_MAPPING else tensor
 
 
 class _Names:

@@ -102,7 +102,9 @@ def interleave(
     max_rounds: int = MAX_SAMPLES,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Samples every side in turn until the time is up.
+    """Samples every side in turn until the time is up, every other round from the last to the first.
+
+    What comes after what can matter by some percent, and turning round evens that out.
 
     Args:
         sides: Name to what is measured.
@@ -123,8 +125,8 @@ def interleave(
     for done in range(max_rounds):
         if done >= min_rounds and clock() >= end:
             break
-        for name, sample in sides.items():
-            samples[name].append(sample())
+        for name in list(sides)[:: -1 if done % 2 else 1]:
+            samples[name].append(sides[name]())
     return samples
 
 
