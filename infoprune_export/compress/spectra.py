@@ -163,7 +163,7 @@ def _by_iteration(matrix: Tensor, count: int) -> Tensor | None:
 
 def _upright(vectors: Tensor) -> Tensor:
     """A basis of the same space that is far from singular, though not orthonormal: a triangular factor takes half of a QR's time."""
-    packed, swaps = torch.linalg.lu_factor(vectors)
+    packed, swaps, _ = torch.linalg.lu_factor_ex(vectors)  # a zero among its pivots is no harm here
     order = list(range(len(vectors)))
     for i, j in enumerate(swaps.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]

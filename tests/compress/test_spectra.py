@@ -74,6 +74,15 @@ def test_iteration_that_does_not_suffice_says_so(monkeypatch):
     assert spectra._by_iteration(steep, 8) is not None and spectra._by_iteration(flat, 8) is None
 
 
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_moment_of_few_samples_has_leading_eigenvectors(wide, monkeypatch, samples):
+    monkeypatch.setattr(spectra, "OVERSAMPLING", 4)
+    c = moment(60, samples, 0.5) if samples else torch.zeros(60, 60, dtype=torch.float64)
+    found = top_eigenvectors(c, 8)
+    torch.testing.assert_close(found.T @ found, torch.eye(8, dtype=torch.float64), rtol=0, atol=2e-6)
+    assert float(c.trace() - torch.trace(found.T @ c @ found)) <= 1e-6 * float(c.trace())
+
+
 def test_products_of_which_half_is_known_are_the_whole(wide, monkeypatch):
     monkeypatch.setattr(spectra, "BLOCK", 8)
     a, m = torch.randn(30, 20, dtype=torch.float64), moment(20, 60, 0.3)
