@@ -22,8 +22,8 @@ from pathlib import Path
 from smol_llava import sources
 
 from infoprune_export.errors import InfoPruneError, InputError, MissingRequirement
-from infoprune_export.job import require_export
 from infoprune_export.progress import Progress, Terminal
+from infoprune_export.requirements import require_export
 from infoprune_export.workspace import check_output
 
 CARD = Path(__file__).parent / "smol_llava" / "card.md"
