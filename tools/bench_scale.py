@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def scaling(work: Path, sizes: list[str]) -> dict[str, Any]:
-    """Runs of several sizes: parameters, bytes of the largest layer in float32, what compressing took, and all of the process tree."""
+def scaling(work: Path, name: str) -> dict[str, Any]:
+    """A run of one size: parameters, bytes of the largest layer in float32, what compressing took, and all of the process tree."""
     from scale.runs import Run
     from scale.shapes import SIZES
 
@@ -51,22 +53,19 @@ def scaling(work: Path, sizes: list[str]) -> dict[str, Any]:
     from infoprune_export.models.families import find_anatomy
     from infoprune_export.models.streamed import skeleton
 
-    found = {}
-    for name in sizes:
-        config = SIZES[name].write(work / f"config-{name}")
-        model = skeleton(config)
-        run = Run(str(config), work / f"scaling-{name}", SAMPLES, FLOPS)
-        result = run.whole()
-        found[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "layer_bytes": 4 * max(parameters(x, None) for x in find_anatomy(model).layers()),
-            "resources": result["report"]["resources"],
-            "tree_bytes": result["tree_bytes"],
-            "seconds": result["seconds"],
-        }
-        print(f"  {name}: {result['seconds']:.0f} s, {result['tree_bytes'] / 2**30:.2f} GiB", flush=True)
-        shutil.rmtree(run.out)
-    return found
+    config = SIZES[name].write(work / f"config-{name}")
+    model = skeleton(config)
+    run = Run(str(config), work / f"scaling-{name}", SAMPLES, FLOPS)
+    result = run.whole()
+    print(f"  {name}: {result['seconds']:.0f} s, {result['tree_bytes'] / 2**30:.2f} GiB", flush=True)
+    shutil.rmtree(run.out)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layer_bytes": 4 * max(parameters(x, None) for x in find_anatomy(model).layers()),
+        "resources": result["report"]["resources"],
+        "tree_bytes": result["tree_bytes"],
+        "seconds": result["seconds"],
+    }
 
 
 def killing(work: Path, size: str, tries: int) -> dict[str, Any]:
@@ -149,6 +148,23 @@ def table(found: dict[str, Any], not_measured: list[dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(out: Path, found: dict[str, Any], not_measured: list[dict[str, str]]) -> None:
+    """Writes summary.json, results.json and table.md."""
+    from quality.versions import commit
+
+    from infoprune_export.engines.machine import machine_report
+    from infoprune_export.versions import library_versions
+
+    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("summary.json", head | {"checks": figures(found)}),
+        ("results.json", head | {"sections": found, "not_measured": not_measured}),
+    ):
+        (out / name).write_text(json.dumps(content, indent=1) + "\n")
+    (out / "table.md").write_text(table(found, not_measured))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is asked for; 0 if it ran."""
     args = parse(arguments)
@@ -159,9 +175,6 @@ def main(arguments: list[str] | None = None) -> int:
     from scale.shapes import SIZES
     from sections import Sections
 
-    from infoprune_export.engines.machine import machine_report
-    from infoprune_export.versions import library_versions
-
     work = ROOT / "build" / "scale" / "work"
     work.mkdir(parents=True, exist_ok=True)
     earlier = json.loads((args.out / "results.json").read_text())["sections"] if (args.out / "results.json").is_file() else {}
@@ -170,27 +183,28 @@ def main(arguments: list[str] | None = None) -> int:
         {"d_in": 1536, "d_out": 4096, "rank": 256, "rounds": 2} if args.quick else {"d_in": 4096, "d_out": 11008, "rank": 640, "rounds": 2}
     )
     run, wanted = Sections(), args.only
+
+    def measure(name: str, section: Callable[[], dict[str, Any]]) -> None:
+        """Runs a section and writes down what is known by then: what is measured after it may take hours."""
+        run.section(name, section)
+        write(args.out, earlier | {n: x | {"commit": commit()} for n, x in run.found.items()}, run.not_measured)
+
+    def with_size(size: str) -> dict[str, Any]:
+        sizes = run.found.get("scaling", earlier.get("scaling", {})).get("sizes", {})
+        return {"sizes": sizes | {size: scaling(work, size)}}
+
     try:
-        if "scaling" in wanted:
-            run.section("scaling", lambda: {"sizes": earlier.get("scaling", {}).get("sizes", {}) | scaling(work, sizes)})
+        for size in sizes if "scaling" in wanted else ():
+            measure("scaling", partial(with_size, size))
         if "factor" in wanted:
-            run.section("factor", lambda: factor.measure(**matrix, threads=args.threads))
+            measure("factor", lambda: factor.measure(**matrix, threads=args.threads))
         if "kill" in wanted:
             size, tries = ("0.1", QUICK_KILLS) if args.quick else ("1", KILLS)
-            run.section("kill", lambda: killing(work, size, tries))
+            measure("kill", lambda: killing(work, size, tries))
         if "llava7b" in wanted:
-            run.section("llava7b", lambda: llava7b.measure(work, SAMPLES, args.threads))
+            measure("llava7b", lambda: llava7b.measure(work, SAMPLES, args.threads))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
-    found = earlier | {name: x | {"commit": head["commit"]} for name, x in run.found.items()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        ("summary.json", head | {"checks": figures(found)}),
-        ("results.json", head | {"sections": found, "not_measured": run.not_measured}),
-    ):
-        (args.out / name).write_text(json.dumps(content, indent=1) + "\n")
-    (args.out / "table.md").write_text(table(found, run.not_measured))
     print(args.out / "table.md")
     return 0
 
