@@ -5,6 +5,8 @@ VENV ?= .venv
 EXTRAS ?= export,trt-rtx,train,dev
 DEMO_OUT ?= build/tiny-llava
 PYTEST_ARGS ?=
+# Files of tests shared among processes: most of the time goes into commands that start and leave a core idle.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -27,10 +29,10 @@ demo: $(STAMP) ## compress, export, build and validate the embedded model into b
 	@echo "open $(DEMO_OUT)/report.html"
 
 test: $(STAMP) ## run the tests, without the ones that take minutes
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## run all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style
 	$(BIN)/ruff check .
