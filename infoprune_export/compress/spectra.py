@@ -21,7 +21,7 @@ RIDGE = 1e-9
 """Added to a wide moment, relative to its mean diagonal: with few samples it has directions without any data."""
 BLOCK = 512
 """Columns at a time where half of a product is known to be zero, or the mirror of the other half."""
-OVERSAMPLING, BLIND_STEPS, STEPS = 256, 4, 6
+OVERSAMPLING, BLIND_STEPS, STEPS = 256, 3, 6
 """Of subspace iteration: vectors beyond those that are wanted, steps before the first that may be good enough, and all steps."""
 EXCESS = 1.5e-3
 """What few vectors may leave out of the trace beyond what the exact ones do, relative to that."""
@@ -68,7 +68,7 @@ class Root:
         return torch.linalg.solve_triangular(self.matrix, rows, upper=False, left=False)
 
     def around(self, matrix: Tensor) -> Tensor:
-        """`R^T matrix R` of a symmetric matrix, symmetric."""
+        """`R^T matrix R` of a symmetric matrix, symmetric, in the working type."""
         if self.inverse is not None:
             around = product(self.matrix.T, matrix, self.matrix)
             return (around + around.T) / 2
@@ -82,7 +82,7 @@ class Root:
             own = slice(i, i + BLOCK)
             around[own, : i + BLOCK] = root[i:, own].T @ right[i:, : i + BLOCK]
             around[:i, own] = around[own, :i].T
-        return around.double()
+        return around
 
 
 def symmetric_power(matrix: Tensor, power: float, rtol: float = 1e-10) -> Tensor:
@@ -165,12 +165,11 @@ def _by_iteration(matrix: Tensor, count: int) -> Tensor | None:
 
 
 def _upright(vectors: Tensor) -> Tensor:
-    """A basis of the same space that is far from singular, though not orthonormal: a triangular factor takes half of a QR's time."""
+    """A basis of the same space that is far from singular, though not orthonormal: a triangular factor takes a third of a QR's time."""
     packed, swaps, _ = torch.linalg.lu_factor_ex(vectors)  # a zero among its pivots is no harm here
     order = list(range(len(vectors)))
     for i, j in enumerate(swaps.tolist()):
         order[i], order[j - 1] = order[j - 1], order[i]
-    basis = torch.empty_like(packed)
-    basis[order] = packed.tril(-1)
-    basis[order[: packed.shape[1]], range(packed.shape[1])] = 1
-    return basis
+    rows = torch.tensor(order).argsort()
+    packed.tril_(-1).diagonal().fill_(1)
+    return packed.T.index_select(1, rows).T
