@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_speed  # noqa: E402
 from shapes import SHAPES  # noqa: E402
-from speed import bundles, capacity, exports, genai, slices, weights  # noqa: E402
+from speed import bundles, capacity, exports, genai, openings, slices, weights  # noqa: E402
 
 TIMES = {"median_ms": 10.0}
 FOUND = {
@@ -110,6 +110,13 @@ def test_an_export_says_what_it_took(side, small_model, tmp_path):
     done = subprocess.run([sys.executable, exports.__file__, side, small_model, tmp_path], capture_output=True, text=True, check=True)
     took = json.loads(done.stdout.splitlines()[-1])
     assert took["seconds"] > 0 and took["peak_mib"] > 100 and any(name.endswith("data") for name in took["files"])
+
+
+def test_each_side_is_opened_first_in_half_of_the_openings():
+    opened = []
+    samples = openings.sampled(["a", "b"], lambda name: opened.append(name) or (lambda: float(name == "a")), seconds=0, warmup_rounds=0)
+    assert opened == list("abbaabba")
+    assert set(samples["a"]) == {1.0} and set(samples["b"]) == {0.0} and len(samples["a"]) == len(samples["b"]) >= openings.OPENINGS
 
 
 def test_slices_have_true_sizes():

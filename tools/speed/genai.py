@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from shapes import SHAPES, Shape
 
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.errors import MissingRequirement
-from infoprune_export.validation.latency import interleave, timing
+from infoprune_export.validation.latency import Sample, timing
 from speed.caches import Decoding, dense_engine
+from speed.openings import sampled
 
 PROMPT = 624
 """Tokens that are read, and behind which one is decoded."""
-PARTS = ("prefill", "decode")
 TOLERANCE = 1e-3
 """Of the largest logit: what two ways of summing in float32 may differ by."""
 DENSE = replace(SHAPES["small"], name="dense", hidden=768, layers=8, heads=12, ffn=2048, vocabulary=4096, prompt=PROMPT)
@@ -37,7 +38,7 @@ TOKENIZER = Path(__file__).resolve().parents[2] / "infoprune_export" / "models" 
 
 
 def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Times of prefill and decode of both graphs, in turn; half of them with the one opened first, half with the other.
+    """Times of prefill and decode of both graphs, in turn and opened several times.
 
     Args:
         shape: Of the language model.
@@ -57,25 +58,23 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
     model, engine = dense_engine(shape, work, threads)
     paths = {"ours": engine.path, "genai": _built(model, shape, work)}
     del model, engine
-    samples: dict[str, dict[str, list[float]]] = {part: {name: [] for name in paths} for part in PARTS}
-    differences = []
-    for names in (list(paths), list(paths)[::-1]):  # where an engine's weights come to lie depends on what is there already
-        requests = {name: Decoding(OrtEngine.open(paths[name], threads), shape.hidden, shape.prompt + 16) for name in names}
-        differences.append(_difference(requests, shape.prompt))
-        for part in PARTS:
-            # The prompt is read once more before decoding, because timing it began another continuation each time.
-            run = {
-                n: x.prefill(shape.prompt) if part == "prefill" else x.decode(shape.prompt, x.read(shape.prompt)[1])
-                for n, x in requests.items()
-            }
-            for name, ms in interleave(run, seconds=seconds / 2).items():
-                samples[part][name] += ms
-        del requests, run
+    difference = _difference({name: _request(path, shape, threads) for name, path in paths.items()}, shape.prompt)
     found = {}
-    for part, sides in samples.items():
-        times = {name: timing(ms) for name, ms in sides.items()}
+    for part, run in PARTS.items():
+        samples = sampled(list(paths), lambda name, run=run: run(_request(paths[name], shape, threads), shape.prompt), seconds=seconds)
+        times = {name: timing(ms) for name, ms in samples.items()}
         found[part] = {n: t.model_dump() for n, t in times.items()} | {"over_genai": times["ours"].median_ms / times["genai"].median_ms}
-    return {"parts": found, "difference": max(differences)}
+    return {"parts": found, "difference": difference}
+
+
+def _request(engine: Path, shape: Shape, threads: int) -> Decoding:
+    return Decoding(OrtEngine.open(engine, threads), shape.hidden, shape.prompt + 16)
+
+
+PARTS: dict[str, Callable[[Decoding, int], Sample]] = {
+    "prefill": lambda request, prompt: request.prefill(prompt),
+    "decode": lambda request, prompt: request.decode(prompt, request.read(prompt)[1]),
+}
 
 
 def _difference(requests: dict[str, Decoding], prompt: int) -> float:

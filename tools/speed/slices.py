@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from shapes import SHAPES, Shape, build, compress
 
@@ -17,8 +18,10 @@ from infoprune_export.engines.onnxruntime import build as build_engine
 from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.models.flops import count
-from infoprune_export.validation.latency import interleave, timed, timing
+from infoprune_export.validation.latency import Sample, timed, timing
+from infoprune_export.validation.records import Timing
 from speed.caches import Decoding
+from speed.openings import sampled
 
 FLOPS = 0.33
 """Kept of each part's own."""
@@ -32,7 +35,7 @@ def slice_of(layers: int) -> Shape:
 
 
 def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str, Any]:
-    """Times of the parts, dense and compressed in turn, and what of their FLOPs and bytes is kept.
+    """Times of the parts, dense and compressed in turn and opened several times, and what of their FLOPs and bytes is kept.
 
     Args:
         shape: Of the networks.
@@ -53,41 +56,58 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
     whole, kept = (count(anatomy, plan.workload, p).parts() for p in (None, plan))
     found = {}
     for part, component, run in PARTS:
-        sides, read = {}, {}
-        for name in ("dense", "compressed"):
-            path = work / name / "ort" / graph_file(component, "fp32")
-            if not path.is_file():
-                build_engine(work / name / path.name, path)
-            engine = OrtEngine.open(path, threads)
-            sides[name], cache = run(engine, shape)
-            read[name] = path.with_name(f"{path.name}_data").stat().st_size + cache
-        times = {name: timing(ms) for name, ms in interleave(sides, seconds=seconds, warmup_rounds=1).items()}
+        name = graph_file(component, "fp32")
+        engines = {side: engine_of(work / side / name) for side in ("dense", "compressed")}
+        times = part_times(run, shape, engines, threads, seconds)
         if part == "decode":
+            read = {
+                side: path.with_name(f"{name}_data").stat().st_size + _cache_bytes(path, shape.prompt) for side, path in engines.items()
+            }
             share = read["compressed"] / read["dense"]
         else:
             parts = ("vision", "projector") if part == "vision" else (part,)
             share = sum(kept[p] for p in parts) / sum(whole[p] for p in parts)
         speedup = times["dense"].median_ms / times["compressed"].median_ms
-        figures = {name: t.model_dump() for name, t in times.items()}
+        figures = {side: t.model_dump() for side, t in times.items()}
         found[part] = figures | {"speedup": speedup, "kept": share, "efficiency": speedup * share}
     return {"parts": found}
 
 
-def _vision(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
+Run = Callable[[OrtEngine, Shape], Sample]
+
+
+def engine_of(graph: Path) -> Path:
+    """The engine of a graph, built where it is not there yet."""
+    out = graph.parent / "ort" / graph.name
+    return out if out.is_file() else build_engine(graph, out)
+
+
+def part_times(run: Run, shape: Shape, engines: Mapping[str, Path], threads: int, seconds: float) -> dict[str, Timing]:
+    """Times of one part on several engines."""
+    samples = sampled(list(engines), lambda side: run(OrtEngine.open(engines[side], threads), shape), seconds=seconds, warmup_rounds=1)
+    return {side: timing(ms) for side, ms in samples.items()}
+
+
+def _vision(engine: OrtEngine, shape: Shape) -> Sample:
     pixels = np.random.default_rng(0).standard_normal((1, 3, shape.image, shape.image), dtype=np.float32)
-    return timed(lambda: engine.run({"pixel_values": pixels})), 0
+    return timed(lambda: engine.run({"pixel_values": pixels}))
 
 
-def _prefill(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
-    return Decoding(engine, shape.hidden, shape.prompt + ROOM).prefill(shape.prompt), 0
+def _prefill(engine: OrtEngine, shape: Shape) -> Sample:
+    return Decoding(engine, shape.hidden, shape.prompt + ROOM).prefill(shape.prompt)
 
 
-def _decode(engine: OrtEngine, shape: Shape) -> tuple[Callable[[], float], int]:
+def _decode(engine: OrtEngine, shape: Shape) -> Sample:
     request = Decoding(engine, shape.hidden, shape.prompt + ROOM)
-    _, step = request.read(shape.prompt)
-    widths = [x.shape[1] * x.shape[3] * x.dtype.itemsize for x in engine.inputs if x.name.startswith("past_key_values.")]
-    return request.decode(shape.prompt, step), shape.prompt * sum(widths)
+    return request.decode(shape.prompt, request.read(shape.prompt)[1])
 
 
-PARTS = (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode))
+def _cache_bytes(decoder: Path, tokens: int) -> int:
+    """Of the keys and values of so many tokens, in float32."""
+    inputs = onnx.load(decoder, load_external_data=False).graph.input
+    caches = [x.type.tensor_type.shape.dim for x in inputs if x.name.startswith("past_key_values.")]
+    return 4 * tokens * sum(dim[1].dim_value * dim[3].dim_value for dim in caches)
+
+
+PARTS: tuple[tuple[str, str, Run], ...] = (("vision", VISION, _vision), ("prefill", DECODER, _prefill), ("decode", DECODER, _decode))
 """What is timed: its name, its component, and what makes a sample of an engine."""

@@ -10,12 +10,9 @@ import torch
 from shapes import Shape, build, compress
 
 from infoprune_export.bundle import graph_file
-from infoprune_export.engines.onnxruntime import OrtEngine
-from infoprune_export.engines.onnxruntime import build as build_engine
 from infoprune_export.engines.quantise import quantise_graphs
 from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
-from infoprune_export.validation.latency import interleave, timing
 from speed import bundles, slices
 
 WEIGHTS = "int4"
@@ -50,13 +47,9 @@ def slice_times(shape: Shape, work: Path, threads: int, seconds: float) -> dict[
     quantise_graphs(work / "onnx", "fp32", WEIGHTS)
     found = {}
     for part, component, run in slices.PARTS:
-        graphs = {"float": graph_file(component, "fp32"), WEIGHTS: graph_file(component, "q4")}
-        for name in graphs.values():
-            if not (work / "ort" / name).is_file():
-                build_engine(work / "onnx" / name, work / "ort" / name)
-        sides = {side: run(OrtEngine.open(work / "ort" / name, threads), shape)[0] for side, name in graphs.items()}
-        times = {side: timing(ms) for side, ms in interleave(sides, seconds=seconds, warmup_rounds=1).items()}
-        sizes = {side: (work / "onnx" / f"{name}_data").stat().st_size for side, name in graphs.items()}
+        graphs = {"float": work / "onnx" / graph_file(component, "fp32"), WEIGHTS: work / "onnx" / graph_file(component, "q4")}
+        times = slices.part_times(run, shape, {side: slices.engine_of(path) for side, path in graphs.items()}, threads, seconds)
+        sizes = {side: path.with_name(f"{path.name}_data").stat().st_size for side, path in graphs.items()}
         found[part] = {side: t.model_dump() for side, t in times.items()} | {
             "speedup": times["float"].median_ms / times[WEIGHTS].median_ms,
             "bytes_ratio": sizes[WEIGHTS] / sizes["float"],
