@@ -36,6 +36,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="0.1 billion parameters, a small matrix, fewer kills")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="one section; may be repeated")
     parser.add_argument("--size", action="append", help="of the section scaling, such as 0.3; may be repeated (default: all)")
+    parser.add_argument(
+        "--kills", type=int, help=f"in all; what OUT has of the same code counts (default: {KILLS}, {QUICK_KILLS} with --quick)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where results go (default: benchmarks/scale, build/scale/quick with --quick)")
     args = parser.parse_args(arguments)
@@ -68,13 +71,20 @@ def scaling(work: Path, name: str) -> dict[str, Any]:
     }
 
 
-def killing(work: Path, size: str, tries: int) -> dict[str, Any]:
-    """See `runs.kills`."""
-    from scale.runs import Run, kills
+def killing(work: Path, size: str, tries: int, before: dict[str, Any]) -> dict[str, Any]:
+    """One more kill beside those before of the same size and code, up to so many; the run that is left alone comes first.
+
+    See `runs.killed_once_more`.
+    """
+    from quality.versions import code_version
+    from scale.runs import Run, killed_once_more, undisturbed
     from scale.shapes import SIZES
 
-    config = SIZES[size].write(work / f"config-{size}")
-    return {"size": size, **kills(lambda n: Run(str(config), work / f"kill-{n}", SAMPLES, FLOPS), tries, seed=0)}
+    run = Run(str(SIZES[size].write(work / f"config-{size}")), work / "kill", SAMPLES, FLOPS)
+    same = {"size": size, "code": code_version((ROOT / "infoprune_export").rglob("*.py"))}
+    if {name: before.get(name) for name in same} != same:
+        return same | undisturbed(run)
+    return killed_once_more(run, before) if before["tried"] < tries else before
 
 
 def line(sizes: list[float], values: list[float]) -> dict[str, float]:
@@ -180,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     earlier = json.loads((args.out / "results.json").read_text())["sections"] if (args.out / "results.json").is_file() else {}
     sizes = args.size or (["0.1"] if args.quick else list(SIZES))
     matrix = (
-        {"d_in": 1536, "d_out": 4096, "rank": 256, "rounds": 2} if args.quick else {"d_in": 4096, "d_out": 11008, "rank": 640, "rounds": 2}
+        {"d_in": 1536, "d_out": 4096, "rank": 256, "rounds": 2} if args.quick else {"d_in": 4096, "d_out": 11008, "rank": 640, "rounds": 5}
     )
     run, wanted = Sections(), args.only
 
@@ -189,9 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
         run.section(name, section)
         write(args.out, earlier | {n: x | {"commit": commit()} for n, x in run.found.items()}, run.not_measured)
 
+    def known(name: str) -> dict[str, Any]:
+        return run.found.get(name) or earlier.get(name, {})
+
     def with_size(size: str) -> dict[str, Any]:
-        sizes = run.found.get("scaling", earlier.get("scaling", {})).get("sizes", {})
-        return {"sizes": sizes | {size: scaling(work, size)}}
+        return {"sizes": known("scaling").get("sizes", {}) | {size: scaling(work, size)}}
 
     try:
         for size in sizes if "scaling" in wanted else ():
@@ -199,8 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "factor" in wanted:
             measure("factor", lambda: factor.measure(**matrix, threads=args.threads))
         if "kill" in wanted:
-            size, tries = ("0.1", QUICK_KILLS) if args.quick else ("1", KILLS)
-            measure("kill", lambda: killing(work, size, tries))
+            size, tries = ("0.1", args.kills or QUICK_KILLS) if args.quick else ("1", args.kills or KILLS)
+            for _ in range(1 + tries):
+                measure("kill", lambda: killing(work, size, tries, known("kill")))
         if "llava7b" in wanted:
             measure("llava7b", lambda: llava7b.measure(work, SAMPLES, args.threads))
     finally:

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT / "tools")]
 
 import bench_scale  # noqa: E402
 from scale import factor, shapes  # noqa: E402
-from scale.runs import Run, kills  # noqa: E402
+from scale.runs import Run, killed_once_more  # noqa: E402
 
 TINY = shapes.Size("tiny", 64, 2, 2, 128, 2, 28)
 
@@ -40,10 +40,26 @@ def test_our_pair_is_as_good_as_svd_llms():
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_come_to_the_same(tmp_path):
-    config = str(TINY.write(tmp_path / "config"))
-    found = kills(lambda n: Run(config, tmp_path / f"run{n}", 4, flops=0.6), tries=2, seed=1)
-    assert found["tried"] == found["identical"] == 2
+def test_runs_that_are_killed_come_to_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SIZES", {"0.1": TINY})
+    monkeypatch.setattr(bench_scale, "SAMPLES", 4)
+    monkeypatch.setattr(bench_scale, "FLOPS", 0.6)
+    command = ["--quick", "--only", "kill", "--out", str(tmp_path)]
+    for kills in (1, 2):  # what is known of the first counts
+        assert bench_scale.main([*command, "--kills", str(kills)]) == 0
+        values = {c["name"]: c["value"] for c in json.loads((tmp_path / "summary.json").read_text())["checks"]}
+        assert values == {"kill.identical": kills, "kill.tried": kills}
+    (found,) = json.loads((tmp_path / "results.json").read_text())["sections"].values()
+    assert len(found["moments"]) == 2
+
+
+def test_a_bundle_of_other_bytes_is_not_identical(tmp_path, monkeypatch):
+    run = Run("unused", tmp_path / "out", 4)
+    monkeypatch.setattr(Run, "killed_after", lambda self, seconds: True)
+    monkeypatch.setattr(Run, "whole", lambda self: (self.out / "model").mkdir(parents=True) or (self.out / "plan.json").write_text("{}"))
+    before = {"seconds": 10.0, "expected": {"plan.json": "another"}, "tried": 3, "identical": 3, "moments": [1.0, 2.0, 3.0]}
+    after = killed_once_more(run, before)
+    assert (after["tried"], after["identical"], len(after["moments"])) == (4, 3, 4) and not run.out.exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,30 +83,32 @@ class Run:
         )
 
 
-def kills(make: Any, tries: int, seed: int) -> dict[str, Any]:
-    """Kills runs at random moments and lets each be gone on with.
+def undisturbed(run: Run) -> dict[str, Any]:
+    """What kills are held against: `seconds` of a run that is left alone, and `expected`, see `Run.digest`; `tried` and `identical` 0."""
+    seconds = run.whole()["seconds"]
+    expected = run.digest()
+    shutil.rmtree(run.out)
+    return {"seconds": seconds, "expected": expected, "tried": 0, "identical": 0, "moments": []}
+
+
+def killed_once_more(run: Run, before: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    """Kills a run at a random moment and lets it be gone on with.
 
     Args:
-        make: Gives a `Run` by its number.
-        tries: How many are killed.
-        seed: Of the moments.
+        run: Anew; its bundle is removed in the end.
+        before: From `undisturbed`, or from here.
+        seed: Of the moment, with the number of kills before.
 
     Returns:
-        `tried`, `identical`, `moments` in seconds, and the seconds of the run that was left alone.
+        `before` with one more of `tried`, of `identical` where the bundle's bytes are those expected, and of `moments` in seconds.
     """
-    first: Run = make(0)
-    alone = first.whole()["seconds"]
-    expected, draws = first.digest(), random.Random(seed)
-    tried = identical = 0
-    moments = []
-    while tried < tries:
-        run, moment = make(tried + 1), draws.uniform(0.05, 0.95) * alone
-        if not run.killed_after(moment):
-            continue
-        run.whole()
-        tried, moments = tried + 1, [*moments, round(moment, 1)]
-        identical += run.digest() == expected
-    return {"tried": tried, "identical": identical, "moments": moments, "seconds": alone}
+    draws = random.Random(seed + before["tried"])
+    while not run.killed_after(moment := draws.uniform(0.05, 0.95) * before["seconds"]):
+        shutil.rmtree(run.out)  # it was at its end already
+    run.whole()
+    identical = before["identical"] + (run.digest() == before["expected"])
+    shutil.rmtree(run.out)
+    return before | {"tried": before["tried"] + 1, "identical": identical, "moments": [*before["moments"], round(moment, 1)]}
 
 
 def tree_anonymous(pid: int) -> int:
