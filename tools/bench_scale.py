@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures what large models take on a small machine: memory, time, disk, and what a killed run costs.
 
-    python tools/bench_scale.py                     # into benchmarks/scale; a quiet machine, 70 GB of disk, some three hours
+    python tools/bench_scale.py                     # into benchmarks/scale; a quiet machine, 70 GB of disk, some six hours
     python tools/bench_scale.py --only scaling      # one section; what OUT has of the others stays
     python tools/bench_scale.py --quick --out DIR   # a network of 0.1 billion parameters and its kills, in minutes
 

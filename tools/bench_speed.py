@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures how much of the cut in FLOPs arrives as time, through ONNX Runtime on the CPU, and our dense engines against their peers.
 
-    python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some 45 minutes, 12 GB of memory
+    python tools/bench_speed.py                     # into benchmarks/speed; a quiet machine, some hour, 12 GB of memory
     python tools/bench_speed.py --quick --out DIR   # small slices and few seconds, without what needs smol-llava
 
 With --only, what OUT has of other sections stays; each says at which commit it was measured. Every ratio is of medians from one

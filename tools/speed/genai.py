@@ -29,6 +29,10 @@ from speed.openings import sampled
 
 PROMPT = 624
 """Tokens that are read, and behind which one is decoded."""
+PARTS: dict[str, Callable[[Decoding, int], Sample]] = {
+    "prefill": lambda request, prompt: request.prefill(prompt),
+    "decode": lambda request, prompt: request.decode(prompt, request.read(prompt)[1]),
+}
 TOLERANCE = 1e-3
 """Of the largest logit: what two ways of summing in float32 may differ by."""
 DENSE = replace(SHAPES["small"], name="dense", hidden=768, layers=8, heads=12, ffn=2048, vocabulary=4096, prompt=PROMPT)
@@ -69,12 +73,6 @@ def measure(shape: Shape, work: Path, threads: int, seconds: float) -> dict[str,
 
 def _request(engine: Path, shape: Shape, threads: int) -> Decoding:
     return Decoding(OrtEngine.open(engine, threads), shape.hidden, shape.prompt + 16)
-
-
-PARTS: dict[str, Callable[[Decoding, int], Sample]] = {
-    "prefill": lambda request, prompt: request.prefill(prompt),
-    "decode": lambda request, prompt: request.decode(prompt, request.read(prompt)[1]),
-}
 
 
 def _difference(requests: dict[str, Decoding], prompt: int) -> float:

@@ -33,5 +33,5 @@ def sampled(
         sides = {name: opened(name) for name in (names[::-1] if i % 2 else names)}
         for name, ms in interleave(sides, seconds=seconds / openings, warmup_rounds=warmup_rounds).items():
             samples[name] += ms
-        del sides
+        del sides  # before the next are opened
     return samples
