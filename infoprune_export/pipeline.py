@@ -170,7 +170,7 @@ def _reference(job: Job, root: Path, progress: Progress) -> None:
 def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, progress: Progress) -> None:
     """The graphs of both networks: the original is traced and the plan applied to its graphs, or the smaller one is traced itself.
 
-    Both routes give the same network; the first costs one trace for each type instead of two.
+    Both routes give the same network; the first costs one trace instead of two.
     """
     from infoprune_export.compress.network import open_network
     from infoprune_export.graph.export import export_graphs
@@ -179,17 +179,15 @@ def _graphs(job: Job, root: Path, dtypes: list[Dtype], keep_original: bool, prog
     plan = Plan.load(root)
     for folder in ("onnx", "original"):
         shutil.rmtree(root / folder, ignore_errors=True)
+    types = ", ".join(dtypes)
     if not keep_original:
-        small = open_network(root)
-        for dtype in dtypes:
-            with progress.step(f"exporting the compressed network ({dtype})"):
-                export_graphs(small, plan.anatomy, root / "onnx", dtype)
+        with progress.step(f"exporting the compressed network ({types})"):
+            export_graphs(open_network(root), plan.anatomy, root / "onnx", *dtypes)
         return
     job.checkpoint.check_unchanged()
-    original = job.checkpoint.open_model()
+    with progress.step(f"exporting the original network ({types})"):
+        export_graphs(job.checkpoint.open_model(), plan.anatomy, root / "original" / "onnx", *dtypes)
     for dtype in dtypes:
-        with progress.step(f"exporting the original network ({dtype})"):
-            export_graphs(original, plan.anatomy, root / "original" / "onnx", dtype)
         with progress.step(f"applying the plan to its graphs ({dtype})"):
             rewrite_graphs(root / "original" / "onnx", plan, plan.factors or {}, root / "onnx", dtype)
 

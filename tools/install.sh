@@ -10,6 +10,7 @@
 #   PYTHON         interpreter to make it with (python3)
 #   EDITABLE       1: the environment uses this checkout (default); 0: a copy of it
 #   VENV_OPTIONS   further options of `python -m venv`, such as --system-site-packages
+#   COMPILE        1: compile all of Python's files now (default), as a read-only environment needs it; 0: each when it is first imported
 #   CONSTRAINTS    constraints file (constraints.txt); empty: the newest versions that pyproject.toml allows
 # pip's own settings (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, pip.conf ...) hold as always.
 set -euo pipefail
@@ -38,4 +39,5 @@ target="$root${extras:+[$extras]}"
 options=(--quiet --disable-pip-version-check)
 [ -n "$constraints" ] && options+=(--constraint "$constraints")
 [ "${EDITABLE:-1}" = 1 ] && options+=(--editable)
+[ "${COMPILE:-1}" = 1 ] || options+=(--no-compile)
 "$venv/bin/python" -m pip install "${options[@]}" "$target"

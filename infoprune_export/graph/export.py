@@ -29,27 +29,21 @@ from infoprune_export.bundle import COMPONENTS, DECODER, EMBED, VISION, graph_fi
 from infoprune_export.errors import InputError
 from infoprune_export.graph.components import OPSET, Component, split
 from infoprune_export.graph.fusions import fuse_rotary
-from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, save_graph
+from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, Shared, save_graph
+from infoprune_export.graph.working_type import ONNX_TYPES, STAND_IN, in_type
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, site
-from infoprune_export.recipe import Dtype
+from infoprune_export.precision import Dtype
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ONNX_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.int64: ir.DataType.INT64,
-}
-Progress = Callable[[str], None]
+TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Port:
-    """Name, shape and type of a graph's input or output; a dynamic axis has a name."""
+    """Name, shape and type of a graph's input or output; a dynamic axis has a name, and the graph's own type is the stand-in."""
 
     name: str
     shape: tuple[int | str, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype = STAND_IN
 
     def sample(self, sizes: dict[str, int]) -> torch.Tensor:
         return torch.zeros([sizes[d] if isinstance(d, str) else d for d in self.shape], dtype=self.dtype)
@@ -69,47 +63,43 @@ SAMPLE = {"images": 2, "batch": 2, "sequence": 3, "past": 4, "past + sequence": 
 """Sizes to trace with; every one above 1, because the tracer takes 0 and 1 for constants."""
 
 
-def export_graphs(
-    model: PreTrainedModel, anatomy: Anatomy, out_dir: Path, dtype: Dtype = "fp32", progress: Progress | None = None
-) -> dict[str, Path]:
-    """Writes the three graphs of a model, original or compressed.
+def export_graphs(model: PreTrainedModel, anatomy: Anatomy, out_dir: Path, *dtypes: Dtype) -> None:
+    """Writes the three graphs of a model, original or compressed, named as `bundle.graph_file` says.
 
     Args:
         model: The PyTorch model, laid out or on the CPU; it is not changed. Weights are read one by one, when they are written.
         anatomy: Of the original.
         out_dir: Directory for the graphs, made if needed.
-        dtype: Type of weights, activations, cache and logits. Softmax, norms and positions compute in fp32 inside.
-        progress: Told each component's name before it is traced.
-
-    Returns:
-        Component name to path of its graph.
+        dtypes: Types of weights, activations, cache and logits, each a set of graphs from the same trace; fp32 when none is given.
+            Softmax, norms and positions compute in fp32 inside.
 
     Raises:
         InputError: the model has something that no graph can express, or that the exporter cannot trace.
     """
-    modules = split(model, anatomy, TORCH_DTYPES[dtype])
-    ports = _ports(model, anatomy, TORCH_DTYPES[dtype])
+    modules, ports = split(model, anatomy, STAND_IN), _ports(model, anatomy)
     out_dir.mkdir(parents=True, exist_ok=True)
-    paths, shared = {}, {}
+    tables: dict[Dtype, Shared] = {}
     for component in COMPONENTS:
-        if progress:
-            progress(component)
-        graph = trace(modules.pop(component), ports[component], partial(_weight, model))
-        _describe_sites(graph, anatomy)
-        paths[component] = out_dir / graph_file(component, dtype)
-        written = save_graph(graph, paths[component], shared)
-        if component == EMBED:  # a tied output head refers to the embedding's file
-            shared = written
-    return paths
+        module = modules.pop(component)
+        traced = trace(module, ports[component])
+        for dtype in dtypes or ("fp32",):
+            graph = in_type(traced, dtype)
+            _name_weights(graph, module, partial(_weight, model))
+            with _quiet():
+                _simplify(graph)
+            _name_ports(graph, ports[component], dtype)
+            _describe_sites(graph, anatomy)
+            written = save_graph(graph, out_dir / graph_file(component, dtype), tables.get(dtype))
+            if component == EMBED:  # a tied output head refers to the embedding's file
+                tables[dtype] = written
 
 
-def trace(module: Component, ports: Ports, weight: Callable[[str], torch.Tensor]) -> ir.Model:
-    """One component as an ONNX graph with the given inputs and outputs.
+def trace(module: Component, ports: Ports) -> ir.Model:
+    """One component as an ONNX graph in the stand-in type, its initialisers without contents.
 
     Args:
         module: From `split`, without weights.
         ports: Its inputs and outputs.
-        weight: Gives a weight by its name in the Hugging Face model, when the graph is written.
     """
     flat = [port.sample(SAMPLE) for port in ports.inputs]
     dynamic = [port.dynamic for port in ports.inputs]
@@ -123,9 +113,10 @@ def trace(module: Component, ports: Ports, weight: Callable[[str], torch.Tensor]
         except Exception as e:  # tracing raises anything from TypeError to errors of its own
             what = f"PyTorch's exporter cannot trace it ({(str(e).splitlines() or [type(e).__name__])[0]})"
             raise InputError(what, where=type(module).__name__, mend="run again with -vv for the exporter's own report") from e
-    _name_weights(graph, module, weight)
-    _simplify(graph)
-    _name_ports(graph, ports)
+    for name in module.weights():
+        if name in graph.graph.initializers:
+            graph.graph.initializers[name].const_value = None
+    passes.InlinePass()(graph)
     return graph
 
 
@@ -134,7 +125,7 @@ def _nested(flat: list) -> tuple:
     return (*flat[:3], list(zip(flat[3::2], flat[4::2], strict=True)))
 
 
-def _ports(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[str, Ports]:
+def _ports(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Ports]:
     geometry, hidden = anatomy.geometry, anatomy.language.hidden
     pixels = ("images", geometry.channels, geometry.image_size, geometry.image_size)
     past, present = [], []
@@ -142,14 +133,14 @@ def _ports(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict
         head_dim = layer.attention.head_dim
         groups = model.get_submodule(layer.attention.k.path).out_features // head_dim
         for name in ("key", "value"):
-            past.append(Port(f"past_key_values.{layer.index}.{name}", ("batch", groups, "past", head_dim), dtype))
-            present.append(Port(f"present.{layer.index}.{name}", ("batch", groups, "past + sequence", head_dim), dtype))
-    embeds = Port("inputs_embeds", ("batch", "sequence", hidden), dtype)
+            past.append(Port(f"past_key_values.{layer.index}.{name}", ("batch", groups, "past", head_dim)))
+            present.append(Port(f"present.{layer.index}.{name}", ("batch", groups, "past + sequence", head_dim)))
+    embeds = Port("inputs_embeds", ("batch", "sequence", hidden))
     mask = Port("attention_mask", ("batch", "past + sequence"), torch.int64)
     positions = Port("position_ids", ("batch", "sequence"), torch.int64)
-    logits = Port("logits", ("batch", 1, anatomy.vocab_size), dtype)
+    logits = Port("logits", ("batch", 1, anatomy.vocab_size))
     return {
-        VISION: Ports([Port("pixel_values", pixels, dtype)], [Port("image_features", ("images", geometry.image_tokens, hidden), dtype)]),
+        VISION: Ports([Port("pixel_values", pixels)], [Port("image_features", ("images", geometry.image_tokens, hidden))]),
         EMBED: Ports([Port("input_ids", ("batch", "sequence"), torch.int64)], [embeds]),
         DECODER: Ports([embeds, mask, positions, *past], [logits, *present]),
     }
@@ -173,24 +164,23 @@ def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
 
 def _name_weights(graph: ir.Model, module: Component, weight: Callable[[str], torch.Tensor]) -> None:
     """Gives the initialisers the names that the parameters have in the Hugging Face model, and their contents once asked for."""
-    parameters = dict(module.named_parameters())
     for own, (name, transposed) in module.weights().items():
         if own not in graph.graph.initializers:
             continue
-        value, dtype = graph.graph.initializers.pop(own), parameters[own].dtype
+        value = graph.graph.initializers.pop(own)
+        dtype = value.dtype
 
-        def read(name: str = name, transposed: bool = transposed, dtype: torch.dtype = dtype) -> ir.TensorProtocol:
+        def read(name: str = name, transposed: bool = transposed, dtype: ir.DataType = dtype) -> ir.TensorProtocol:
             found = weight(name).detach()
-            return TorchTensor((found.T if transposed else found).to("cpu", dtype).contiguous(), name=name)
+            return TorchTensor((found.T if transposed else found).to("cpu", TORCH_TYPES[dtype]).contiguous(), name=name)
 
         value.name = name
-        value.const_value = ir.LazyTensor(read, ONNX_DTYPES[dtype], ir.Shape(parameters[own].shape), name=name)
+        value.const_value = ir.LazyTensor(read, dtype, value.shape, name=name)
         graph.graph.initializers[name] = value
 
 
 def _simplify(model: ir.Model) -> None:
     """Folds, fuses and cleans; weights keep their names and stay apart even where they are equal."""
-    passes.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model)
     onnxscript.rewriter.rewrite(model)
     fuse_rotary(model)
@@ -243,7 +233,7 @@ def _merge_constants(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def _name_ports(model: ir.Model, ports: Ports) -> None:
+def _name_ports(model: ir.Model, ports: Ports, dtype: Dtype) -> None:
     """Names inputs, outputs and their dynamic axes; drops what the tracer noted on its way (files, lines, shapes)."""
     graph = model.graph
     for value in (*graph.inputs, *graph.initializers.values()):
@@ -256,7 +246,7 @@ def _name_ports(model: ir.Model, ports: Ports) -> None:
         for value, port in zip(values, described, strict=True):
             value.name = port.name
             value.shape = ir.Shape(port.shape)
-            value.type = ir.TensorType(ONNX_DTYPES[port.dtype])
+            value.type = ir.TensorType(ONNX_TYPES[dtype] if port.dtype == STAND_IN else ir.DataType.INT64)
     passes.ClearMetadataAndDocStringPass()(model)
     for i, node in enumerate(graph):
         node.name = f"{node.op_type}_{i}"

@@ -148,7 +148,7 @@ def test_graphs_tell_nothing_of_where_they_were_made(exported):
 def test_half_precision(dtype, tmp_path):
     model = shallow(build(language="qwen2"))
     before = {n: (p.data_ptr(), p.dtype) for n, p in model.named_parameters()}
-    export_graphs(model, find_anatomy(model), tmp_path, dtype)
+    export_graphs(model, find_anatomy(model), tmp_path, "fp32", dtype)
     assert {n: (p.data_ptr(), p.dtype) for n, p in model.named_parameters()} == before
     assert model.config.text_config._attn_implementation != "infoprune_export"
     element = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[dtype]
@@ -157,6 +157,7 @@ def test_half_precision(dtype, tmp_path):
         large = [i for i in graph.initializer if i.data_location == onnx.TensorProto.EXTERNAL]
         assert {i.data_type for i in large} == {element}
         assert {v.type.tensor_type.elem_type for v in graph.output} == {element}
+    assert_same_network(Graphs(tmp_path), Stock(model), atol=1e-5)  # from the same trace
     if dtype == "fp16":  # ONNX Runtime has no bf16 kernels on the CPU
         assert_same_network(Graphs(tmp_path, dtype), Stock(model), atol=1e-2)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, StaticCache
 
+from infoprune_export.bundle import COMPONENTS, graph_file
 from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.engines.onnxruntime import build as build_engine
 from infoprune_export.graph.export import export_graphs
@@ -44,8 +45,11 @@ def measure(recipe: str, work: Path, threads: int, seconds: float) -> dict[str, 
     # As PyTorch's own users load it: the package lays models out so that layers come when their turn does.
     model = LlavaForConditionalGeneration.from_pretrained(located.directory, dtype=torch.float32).eval().requires_grad_(False)
     anatomy = find_anatomy(model)
-    graphs = export_graphs(model, anatomy, work / "onnx")
-    engines = {name: OrtEngine.open(build_engine(path, work / "ort" / path.name), threads) for name, path in graphs.items()}
+    export_graphs(model, anatomy, work / "onnx")
+    engines = {}
+    for name in COMPONENTS:
+        graph = graph_file(name, "fp32")
+        engines[name] = OrtEngine.open(build_engine(work / "onnx" / graph, work / "ort" / graph), threads)
     session = Session(engines, ModelConfig.from_directory(located.directory))
     inputs = random_inputs(anatomy, workload, session.config.image_token_id)
     before = torch.get_num_threads()
