@@ -38,6 +38,6 @@ fi
 target="$root${extras:+[$extras]}"
 options=(--quiet --disable-pip-version-check)
 [ -n "$constraints" ] && options+=(--constraint "$constraints")
-[ "${EDITABLE:-1}" = 1 ] && options+=(--editable)
 [ "${COMPILE:-1}" = 1 ] || options+=(--no-compile)
+[ "${EDITABLE:-1}" = 1 ] && options+=(--editable)
 "$venv/bin/python" -m pip install "${options[@]}" "$target"
