@@ -17,6 +17,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from infoprune_export.bundle import DECODER, EMBED, VISION
 from infoprune_export.errors import InputError
+from infoprune_export.graph.working_type import STAND_IN
 from infoprune_export.models.anatomy import Anatomy
 from infoprune_export.models.families import FAMILIES
 
@@ -163,13 +164,12 @@ class Rotary(nn.Module):
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
-def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[str, Component]:
-    """The three components of a model, ready to be traced; the model itself stays untouched.
+def split(model: PreTrainedModel, anatomy: Anatomy) -> dict[str, Component]:
+    """The three components of a model, in the stand-in type and ready to be traced; the model itself stays untouched.
 
     Args:
         model: The model, original or compressed.
         anatomy: Of the original.
-        dtype: Type of weights and activations.
 
     Returns:
         Component name to module, its parameters on PyTorch's `meta` device.
@@ -177,7 +177,7 @@ def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[
     Raises:
         InputError: for a rotary embedding or an attention pattern that no graph can express.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta", dtype), requires_grad=False) for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta", STAND_IN), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b for b in model.buffers()}
     if (shelf := getattr(model, "infoprune_shelf", None)) is not None:
         memo[id(shelf)] = shelf
@@ -189,7 +189,7 @@ def split(model: PreTrainedModel, anatomy: Anatomy, dtype: torch.dtype) -> dict[
     table = model.get_submodule(anatomy.embed_path).weight
     tied = model.get_submodule(anatomy.head_path).weight is table
     _replace(model, anatomy.head_path if tied else None)
-    _convert_buffers(model, dtype)
+    _convert_buffers(model)
     return {VISION: VisionEncoder(model, anatomy), EMBED: TokenEmbedding(model, anatomy), DECODER: Decoder(model, anatomy)}
 
 
@@ -203,13 +203,13 @@ def _replace(model: nn.Module, tied_head: str | None) -> None:
             model.set_submodule(name, Rotary(module, name))
 
 
-def _convert_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+def _convert_buffers(model: nn.Module) -> None:
     """Converts what is neither a weight nor the frequencies of a rotary embedding."""
     for module in model.modules():
         if not isinstance(module, Rotary):
             for name, b in list(module.named_buffers(recurse=False)):
                 if b.is_floating_point():
-                    setattr(module, name, b.to(dtype))
+                    setattr(module, name, b.to(STAND_IN))
 
 
 def _windows(config: Any) -> dict[str, int | None]:

@@ -18,7 +18,7 @@ import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
 from onnx_ir.passes import common as passes
-from onnx_ir.tensor_adapters import TorchTensor
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from onnxscript.rewriter import onnx_fusions
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,8 +33,6 @@ from infoprune_export.graph.storage import PROJECTOR_KEY, SITES_KEY, Shared, sav
 from infoprune_export.graph.working_type import ONNX_TYPES, STAND_IN, in_type
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, site
 from infoprune_export.precision import Dtype
-
-TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def export_graphs(model: PreTrainedModel, anatomy: Anatomy, out_dir: Path, *dtyp
     Raises:
         InputError: the model has something that no graph can express, or that the exporter cannot trace.
     """
-    modules, ports = split(model, anatomy, STAND_IN), _ports(model, anatomy)
+    modules, ports = split(model, anatomy), _ports(model, anatomy)
     out_dir.mkdir(parents=True, exist_ok=True)
     tables: dict[Dtype, Shared] = {}
     for component in COMPONENTS:
@@ -172,7 +170,7 @@ def _name_weights(graph: ir.Model, module: Component, weight: Callable[[str], to
 
         def read(name: str = name, transposed: bool = transposed, dtype: ir.DataType = dtype) -> ir.TensorProtocol:
             found = weight(name).detach()
-            return TorchTensor((found.T if transposed else found).to("cpu", TORCH_TYPES[dtype]).contiguous(), name=name)
+            return TorchTensor((found.T if transposed else found).to("cpu", to_torch_dtype(dtype)).contiguous(), name=name)
 
         value.name = name
         value.const_value = ir.LazyTensor(read, dtype, value.shape, name=name)
