@@ -37,6 +37,7 @@ class Setting:
         budgets: Fractions of the FLOPs kept, training-free.
         tuned_at: The budget at which parameters are chosen for all of them; None chooses at each.
         train_images: Images of each task of the training split that compressed networks are trained on.
+        train_batch: Images of a step of training.
         tune_images: Images of each task of the validation split that parameters are chosen on, the first so many.
         test_images: Likewise of the test split; None for all.
         images_at_a_time: In one pass of the network on a CPU; few, so that activations stay in the processor's cache.
@@ -48,6 +49,7 @@ class Setting:
     budgets: tuple[float, ...]
     tuned_at: float | None
     train_images: int
+    train_batch: int
     tune_images: int
     test_images: int | None
     images_at_a_time: int
@@ -55,7 +57,8 @@ class Setting:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return resolve(self.recipe_name, {})
+        recipe = resolve(self.recipe_name, {})
+        return recipe.model_copy(update={"recovery": recipe.recovery.model_copy(update={"batch": self.train_batch})})
 
     def job(self, recipe: Recipe | None = None, seed: int = 0, device: str = "cpu") -> Job:
         """A job on this model; nothing is written."""
@@ -119,6 +122,6 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    "tiny": Setting("tiny", "tiny-llava", (0.8, 0.6, 0.5, 0.33), None, 1024, 100, None, 8, Rendered()),
-    "smol": Setting("smol", "smol-llava", (0.8, 0.6, 0.5), 0.6, 1024, 40, 220, 4, Files()),
+    "tiny": Setting("tiny", "tiny-llava", (0.8, 0.6, 0.5, 0.33), None, 1024, 16, 100, None, 8, Rendered()),
+    "smol": Setting("smol", "smol-llava", (0.8, 0.6, 0.5), 0.6, 1024, 4, 40, 220, 4, Files()),
 }
