@@ -33,7 +33,10 @@ class CacheBuffers(ABC):
 
     Attributes:
         capacity: Most tokens of a row, those of the prompt and of the answer together.
+        mend: What to do where they are too few.
     """
+
+    mend = "give a larger capacity, or none"
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -54,8 +57,7 @@ class CacheBuffers(ABC):
         """
         tokens = feeds["attention_mask"].shape[1]
         if tokens > self.capacity:
-            what = f"the cache has room for {self.capacity} tokens, prompt and answer have {tokens}"
-            raise InputError(what, mend="give a larger capacity, or none")
+            raise self._too_small(tokens)
         done = 0 if behind is None else behind.number
         if behind is not None and (len(self._steps) < done or self._steps[done - 1] is not behind):
             raise InputError("another continuation of the same prompt has overwritten this cache", mend="read the prompt again")
@@ -63,8 +65,15 @@ class CacheBuffers(ABC):
         self._steps[done:] = [Step(done + 1)]
         return logits, self._steps[-1]
 
+    def _too_small(self, tokens: int) -> InputError:
+        return InputError(f"the cache has room for {self.capacity} tokens, prompt and answer have {tokens}", mend=self.mend)
+
     def larger(self, tokens: int, capacity: int) -> CacheBuffers:
-        """Buffers of their own, of another capacity, with what these hold of so many tokens."""
+        """Buffers of their own, of another capacity, with what these hold of so many tokens.
+
+        Raises:
+            InputError: the capacity is the engine's own.
+        """
         new = self._copy(tokens, capacity)
         new._steps = list(self._steps)
         return new

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx
 
+from infoprune_export.engines.cache_update import update_in_place
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
 from infoprune_export.engines.profiles import Profile, Shape, spanning
@@ -66,7 +67,7 @@ def build(
         profiles = [spanning(profiles)]
     _check_memory(graph, weights, len(profiles))
     with uncollected():
-        network = _Network(flavour, model, graph)
+        network = _Network(flavour, model, graph, capacity=max(p.span("total").maximum for p in profiles))
         return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
 
 
@@ -89,7 +90,7 @@ def uncollected() -> Iterator[None]:
 class _Network:
     """A parsed graph, to be built for one architecture after the other."""
 
-    def __init__(self, flavour: Flavour, model: onnx.ModelProto, graph: Path):
+    def __init__(self, flavour: Flavour, model: onnx.ModelProto, graph: Path, capacity: int):
         self._flavour, self._graph = flavour, graph
         self._logger = _logger(flavour, graph.parent)
         trt = flavour.module
@@ -97,6 +98,8 @@ class _Network:
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self._network, self._logger)
         allow_decomposed_attention(model)
+        if parser.supports_operator("TensorScatter"):
+            update_in_place(model, capacity)
         make_whole(model, graph.parent)
         if not parser.parse(model.SerializeToString(), str(graph.resolve())):  # the path is where it looks for weights
             raise _parser_error(parser, graph)

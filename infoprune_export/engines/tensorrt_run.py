@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from infoprune_export.engines import cuda
-from infoprune_export.engines.base import Engine, TensorSpec
+from infoprune_export.engines.base import CacheBuffers, Engine, TensorSpec
+from infoprune_export.engines.cache_update import TOKENS
 from infoprune_export.engines.flavours import EXTRAS, Flavour, installed
 from infoprune_export.errors import InputError, MissingRequirement
 
@@ -80,7 +81,11 @@ class DeviceArray:
 
 
 class TensorRTEngine(Engine):
-    """A deserialised engine with device memory that grows to the largest shapes seen."""
+    """A deserialised engine with device memory that grows to the largest shapes seen.
+
+    Attributes:
+        updated: Outputs that are written where an input is, to that input's name: the caches of a decoder that works on them in place.
+    """
 
     device = "cuda"
 
@@ -107,6 +112,8 @@ class TensorRTEngine(Engine):
         specs = {name: self._spec(name, trt) for name in names}
         self.inputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(specs[n] for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
+        source_of = getattr(self._engine, "get_aliased_input_tensor", lambda name: None)  # older versions have no such outputs
+        self.updated = {spec.name: source for spec in self.outputs if (source := source_of(spec.name))}
         self._buffers = {name: cuda.Buffer(driver) for name in names}
         self._spare: dict[str, list[cuda.Buffer]] = {name: [] for name in names}
         self._profile: int | None = None
@@ -123,34 +130,46 @@ class TensorRTEngine(Engine):
         """Runs the component once; outputs in `stay` are `DeviceArray`s."""
         return self._run(feeds, [spec.name for spec in self.outputs], stay)
 
+    def open_cache(self, batch: int, capacity: int) -> TensorRTCacheBuffers | None:
+        """Room for as many tokens as the engine was built for, whatever is asked; None for an engine that joins past and present."""
+        return TensorRTCacheBuffers(self, batch) if self.updated else None
+
+    def array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
+        """Memory on the device for an input or output."""
+        spare = self._spare[spec.name]
+        array = DeviceArray(shape, spare.pop() if spare else cuda.Buffer(self._driver), spare)
+        array.buffer.reserve(math.prod(shape) * spec.dtype.itemsize)
+        return array
+
     def _run(self, feeds: Mapping[str, Any], wanted: Sequence[str], stay: Collection[str]) -> dict[str, Any]:
         missing = [spec.name for spec in self.inputs if spec.name not in feeds]
         if missing:
             raise InputError(f"input {missing[0]!r} is missing", where=self._path)
         arrays = {spec.name: _contiguous(feeds[spec.name], spec.dtype) for spec in self.inputs}
         self._select_profile({name: array.shape for name, array in arrays.items()})
+        places = {name: self._on_device(name, array) for name, array in arrays.items()}
         for name, array in arrays.items():
             self._context.set_input_shape(name, array.shape)
-            self._context.set_tensor_address(name, self._on_device(name, array).address)
-        results: dict[str, Any] = {}
+        stayed: dict[str, DeviceArray] = {}
+        shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
         for spec in self.outputs:
-            shape = tuple(self._context.get_tensor_shape(spec.name))
-            if spec.name in stay:
-                spare = self._spare[spec.name]
-                array = DeviceArray(shape, spare.pop() if spare else cuda.Buffer(self._driver), spare)
-                buffer = array.buffer
+            if spec.name in self.updated:
+                places[spec.name] = places[self.updated[spec.name]]
+            elif spec.name in stay:
+                stayed[spec.name] = self.array(spec, shapes[spec.name])
+                places[spec.name] = stayed[spec.name].buffer
             else:
-                array, buffer = np.empty(shape, spec.dtype), self._buffers[spec.name]
-            buffer.reserve(math.prod(shape) * spec.dtype.itemsize)
-            self._context.set_tensor_address(spec.name, buffer.address)
-            results[spec.name] = array
+                places[spec.name] = self._buffers[spec.name]
+                places[spec.name].reserve(math.prod(shapes[spec.name]) * spec.dtype.itemsize)
+        for name, buffer in places.items():
+            self._context.set_tensor_address(name, buffer.address)
         if not self._context.execute_async_v3(self._stream.handle):
             raise InputError("TensorRT could not run it; its message is above", where=self._path)
-        for name in wanted:
-            if name not in stay:
-                self._buffers[name].download(results[name], self._stream)
+        fetched = {spec.name: np.empty(shapes[spec.name], spec.dtype) for spec in self.outputs if spec.name in set(wanted) - set(stayed)}
+        for name, array in fetched.items():
+            places[name].download(array, self._stream)
         self._stream.wait()
-        return {name: results[name] for name in wanted}
+        return {name: stayed[name] if name in stayed else fetched[name] for name in wanted}
 
     def _on_device(self, name: str, array: np.ndarray | DeviceArray) -> cuda.Buffer:
         if isinstance(array, DeviceArray):
@@ -185,6 +204,29 @@ class TensorRTEngine(Engine):
     def _covers(self, profile: int, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self._engine.get_tensor_profile_shape(name, profile)
         return len(shape) == len(least) and all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+
+
+class TensorRTCacheBuffers(CacheBuffers):
+    """Each cache is input and output of every run at once, in memory of the device; its capacity is the engine's."""
+
+    mend = "use a shorter prompt or answer, or make the bundle from a recipe with a larger workload"
+
+    def __init__(self, engine: TensorRTEngine, batch: int):
+        """
+        Args:
+            engine: A decoder that updates its caches in place.
+            batch: Rows.
+        """
+        past = [spec for spec in engine.inputs if spec.name in engine.updated.values()]
+        super().__init__(past[0].shape[TOKENS])
+        self._engine = engine
+        self._arrays = {spec.name: engine.array(spec, (batch, *spec.shape[1:])) for spec in past}
+
+    def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self._engine.run({**feeds, **self._arrays}, ["logits"])["logits"]
+
+    def _copy(self, tokens: int, capacity: int) -> CacheBuffers:
+        raise self._too_small(tokens + 1)
 
 
 def _contiguous(array: Any, dtype: np.dtype) -> np.ndarray | DeviceArray:

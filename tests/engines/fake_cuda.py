@@ -141,9 +141,48 @@ class FakeEngine:
         return least, most, most
 
 
-def fake_tensorrt(takes: bool = True) -> SimpleNamespace:
-    """The module; `takes`: whether it accepts engine files."""
-    engine = FakeEngine()
+class FakeUpdatingContext(FakeContext):
+    """Writes x behind the tokens that are in the cache already; `logits` is the sum of all."""
+
+    def get_tensor_shape(self, name):
+        return {"present.0.key": self.shapes["past_key_values.0.key"], "logits": (1, 1, 1)}[name]
+
+    def execute_async_v3(self, stream):
+        assert self.addresses["past_key_values.0.key"] == self.addresses["present.0.key"]
+        new, tokens = self._read("inputs_embeds").ravel(), self.shapes["attention_mask"][1]
+        cache = (ctypes.c_float * FakeUpdatingEngine.capacity).from_address(self.addresses["present.0.key"])
+        cache[tokens - len(new) : tokens] = new.tolist()
+        total = np.float32(sum(cache[:tokens]))
+        ctypes.memmove(self.addresses["logits"], total.tobytes(), 4)
+        return True
+
+
+class FakeUpdatingEngine(FakeEngine):
+    """A decoder that updates a cache of 6 tokens in place; a batch of 1, prompts of up to 6 tokens."""
+
+    capacity = 6
+    num_io_tensors, num_optimization_profiles = 5, 1
+    names = ("inputs_embeds", "attention_mask", "past_key_values.0.key", "present.0.key", "logits")
+    ranges = (
+        {"inputs_embeds": ((1, 1), (1, 6)), "attention_mask": ((1, 1), (1, 6)), "past_key_values.0.key": ((1, 1, 6, 1), (1, 1, 6, 1))},
+    )
+
+    def __init__(self):
+        self.context = FakeUpdatingContext()
+
+    def get_tensor_mode(self, name):
+        return "in" if name in self.names[:3] else "out"
+
+    def get_tensor_shape(self, name):
+        return (-1, 1, 6, 1) if ".0." in name else (-1, -1)
+
+    def get_aliased_input_tensor(self, name):
+        return "past_key_values.0.key" if name == "present.0.key" else None
+
+
+def fake_tensorrt(takes: bool = True, updates: bool = False) -> SimpleNamespace:
+    """The module; `takes`: whether it accepts engine files, `updates`: whether they are of decoders with their cache in place."""
+    engine = FakeUpdatingEngine() if updates else FakeEngine()
     return SimpleNamespace(
         __version__="9.9",
         engine=engine,

@@ -26,6 +26,13 @@ def ahead_of_time(monkeypatch):
     return rtx
 
 
+CAPACITY = max(p.span("total").maximum for p in PROFILES)
+
+
+def network_of(flavour, graph):
+    return tensorrt._Network(flavour, read_graph(graph), graph, CAPACITY)
+
+
 def build(graph, out, *archs):
     return tensorrt.build(graph, out, archs=archs, profiles=PROFILES)
 
@@ -51,13 +58,29 @@ def test_the_log_is_kept_and_names_no_directory(tmp_path):
 
 
 def test_a_vision_encoder_is_built_once_not_for_prefill_and_decode(tmp_path, ahead_of_time):
-    network = tensorrt._Network(ahead_of_time, read_graph(graph := vision_encoder(tmp_path / "v.onnx")), graph)
+    network = network_of(ahead_of_time, vision_encoder(tmp_path / "v.onnx"))
     assert network._distinct_shapes(PROFILES) == [{"pixel_values": ((1, 3, 8, 8),) * 3}]
 
 
 def test_products_in_fp32_are_not_rounded_to_tf32(tmp_path, ahead_of_time):
-    network = tensorrt._Network(ahead_of_time, read_graph(graph := decoder(tmp_path / "decoder.onnx")), graph)
+    network = network_of(ahead_of_time, decoder(tmp_path / "decoder.onnx"))
     assert not network._config("sm86", PROFILES).get_flag(ahead_of_time.module.BuilderFlag.TF32)
+
+
+@pytest.mark.parametrize(("opset", "updates"), [(23, 2), (18, 0)])
+def test_the_cache_is_updated_in_place_with_room_for_what_the_profiles_take(tmp_path, ahead_of_time, opset, updates):
+    network = network_of(ahead_of_time, decoder(tmp_path / "decoder.onnx", opset=opset))._network
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert kinds.count(ahead_of_time.module.LayerType.KV_CACHE_UPDATE) == updates
+    shapes = {x.name: tuple(x.shape) for x in map(network.get_input, range(network.num_inputs))}
+    assert shapes["past_key_values.0.key"] == (-1, 2, CAPACITY if updates else -1, 16)
+
+
+def test_a_parser_without_the_update_gets_the_graph_as_it_is(tmp_path, ahead_of_time, monkeypatch):
+    monkeypatch.setattr(ahead_of_time.module.OnnxParser, "supports_operator", lambda parser, name: name != "TensorScatter")
+    network = network_of(ahead_of_time, decoder(tmp_path / "decoder.onnx"))._network
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert ahead_of_time.module.LayerType.KV_CACHE_UPDATE not in kinds
 
 
 def test_the_decoder_is_compiled_for_prefill_and_for_decode(tmp_path):
@@ -177,7 +200,7 @@ def collecting(flavour, directory):
 graph, out = Path(sys.argv[1]), Path(sys.argv[2])
 rtx = next(f for f in flavours.installed() if f.name == "tensorrt-rtx")
 gc.disable()
-cycle = [tensorrt._Network(rtx, read_graph(graph), graph)]
+cycle = [tensorrt._Network(rtx, read_graph(graph), graph, 64)]
 cycle.append(cycle)
 del cycle
 tensorrt._logger = collecting

@@ -142,3 +142,54 @@ def test_shapes_that_no_profile_covers(device, engine_file):
         engine.run({"x": np.zeros((1, 9), np.float32), "past": EMPTY})
     with pytest.raises(InputError, match="input 'past' is missing"):
         engine.run({"x": row(1)})
+
+
+@pytest.fixture
+def updating(device, engine_file, monkeypatch):
+    """A decoder that updates a cache of 6 tokens in place."""
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt", fake_tensorrt(updates=True)),))
+    return load_engine(engine_file)
+
+
+def fed(*values, tokens):
+    return {"inputs_embeds": row(*values), "attention_mask": np.ones((1, tokens), np.float32)}
+
+
+def test_a_cache_is_updated_where_it_is(device, updating):
+    assert updating.updated == {"present.0.key": "past_key_values.0.key"}
+    cache = updating.open_cache(1, 300)
+    assert cache.capacity == 6  # the engine's own, whatever is asked
+    logits, prompt = cache.run(fed(1, 2, 3, tokens=3), None)
+    assert logits.ravel() == 6
+    logits, first = cache.run(fed(10, tokens=4), prompt)
+    assert logits.ravel() == 16
+    logits, second = cache.run(fed(20, tokens=4), prompt)  # the same prompt continued otherwise
+    assert logits.ravel() == 26
+    logits, _ = cache.run(fed(30, tokens=5), second)
+    assert logits.ravel() == 56
+    with pytest.raises(InputError, match="another continuation"):
+        cache.run(fed(1, tokens=5), first)
+
+
+def test_two_caches_do_not_share_memory_and_leave_it_to_the_next(device, updating):
+    one, other = updating.open_cache(1, 6), updating.open_cache(1, 6)
+    _, step = one.run(fed(1, 2, tokens=2), None)
+    other.run(fed(5, 6, tokens=2), None)
+    logits, _ = one.run(fed(3, tokens=3), step)
+    assert logits.ravel() == 6
+    allocations = device.allocations
+    del one, other
+    updating.open_cache(1, 6).run(fed(1, tokens=1), None)
+    assert device.allocations == allocations
+
+
+def test_a_cache_has_the_room_that_its_engine_was_built_for(updating):
+    cache = updating.open_cache(1, 6)
+    _, step = cache.run(fed(1, 2, 3, 4, 5, 6, tokens=6), None)
+    for refused in (lambda: cache.run(fed(7, tokens=7), step), lambda: cache.larger(6, 14)):
+        with pytest.raises(InputError, match=r"has room for 6 tokens, prompt and answer have 7\n.*a recipe with a larger workload"):
+            refused()
+
+
+def test_an_engine_that_joins_past_and_present_has_no_cache_of_its_own(device, engine_file):
+    assert load_engine(engine_file).open_cache(1, 6) is None
