@@ -33,9 +33,11 @@ class CacheBuffers(ABC):
 
     Attributes:
         capacity: Most tokens of a row, those of the prompt and of the answer together.
-        mend: What to do where they are too few.
+        grows: Whether there are `larger` ones.
+        mend: What to do where the tokens are too few.
     """
 
+    grows = True
     mend = "give a larger capacity, or none"
 
     def __init__(self, capacity: int):
@@ -57,7 +59,7 @@ class CacheBuffers(ABC):
         """
         tokens = feeds["attention_mask"].shape[1]
         if tokens > self.capacity:
-            raise self._too_small(tokens)
+            raise InputError(f"the cache has room for {self.capacity} tokens, prompt and answer have {tokens}", mend=self.mend)
         done = 0 if behind is None else behind.number
         if behind is not None and (len(self._steps) < done or self._steps[done - 1] is not behind):
             raise InputError("another continuation of the same prompt has overwritten this cache", mend="read the prompt again")
@@ -65,15 +67,8 @@ class CacheBuffers(ABC):
         self._steps[done:] = [Step(done + 1)]
         return logits, self._steps[-1]
 
-    def _too_small(self, tokens: int) -> InputError:
-        return InputError(f"the cache has room for {self.capacity} tokens, prompt and answer have {tokens}", mend=self.mend)
-
     def larger(self, tokens: int, capacity: int) -> CacheBuffers:
-        """Buffers of their own, of another capacity, with what these hold of so many tokens.
-
-        Raises:
-            InputError: the capacity is the engine's own.
-        """
+        """Buffers of their own, of another capacity, with what these hold of so many tokens."""
         new = self._copy(tokens, capacity)
         new._steps = list(self._steps)
         return new
@@ -82,9 +77,9 @@ class CacheBuffers(ABC):
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits; the present is written behind the past."""
 
-    @abstractmethod
     def _copy(self, tokens: int, capacity: int) -> CacheBuffers:
         """See `larger`."""
+        raise NotImplementedError
 
 
 class Engine(ABC):
@@ -132,7 +127,7 @@ class Engine(ABC):
 
         Args:
             batch: Rows.
-            capacity: Most tokens of a row.
+            capacity: Most tokens of a row; an engine that was built for a capacity gives that one.
 
         Returns:
             None where this engine hands out a longer copy of the cache instead, on every run.

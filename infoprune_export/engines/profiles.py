@@ -48,13 +48,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Profile:
-    """One way the engine is used: a span for every dynamic axis, `total` being past + sequence."""
+    """One way the engine is used: a span for every dynamic axis, `total` being past + sequence where it has none of its own."""
 
     name: str
     axes: Mapping[str, Span]
 
     def span(self, axis: str) -> Span:
-        return self.axes["past"] + self.axes["sequence"] if axis == "total" else self.axes[axis]
+        return self.axes["past"] + self.axes["sequence"] if axis == "total" and axis not in self.axes else self.axes[axis]
+
+    def within(self, capacity: int) -> Profile:
+        """The same of an engine whose cache has room for so many tokens in all."""
+        total = self.span("total")
+        return Profile(self.name, {**self.axes, "total": Span(total.minimum, min(total.optimum, capacity), min(total.maximum, capacity))})
 
     def shapes(self, tensor: str, shape: Sequence[int]) -> tuple[Shape, Shape, Shape]:
         """Minimum, optimum and maximum shape of one input.

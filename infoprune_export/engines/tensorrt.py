@@ -63,11 +63,12 @@ def build(
     check_archs(flavour, archs)
     model = read_graph(graph)
     weights = weight_bytes(model, graph)
+    capacity = max(p.span("total").maximum for p in profiles)
     if flavour.copies_weights and weights >= ONE_PROFILE_FROM:
         profiles = [spanning(profiles)]
     _check_memory(graph, weights, len(profiles))
     with uncollected():
-        network = _Network(flavour, model, graph, capacity=max(p.span("total").maximum for p in profiles))
+        network = _Network(flavour, model, graph, capacity)
         return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
 
 
@@ -98,8 +99,8 @@ class _Network:
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self._network, self._logger)
         allow_decomposed_attention(model)
-        if parser.supports_operator("TensorScatter"):
-            update_in_place(model, capacity)
+        updated = parser.supports_operator("TensorScatter") and update_in_place(model, capacity)
+        self._capacity = capacity if updated else None
         make_whole(model, graph.parent)
         if not parser.parse(model.SerializeToString(), str(graph.resolve())):  # the path is where it looks for weights
             raise _parser_error(parser, graph)
@@ -145,6 +146,7 @@ class _Network:
     def _distinct_shapes(self, profiles: Sequence[Profile]) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
         """Input shapes of every profile that differs from those before it: a vision encoder has one, whatever the text."""
         inputs = [self._network.get_input(i) for i in range(self._network.num_inputs)]
+        profiles = profiles if self._capacity is None else [p.within(self._capacity) for p in profiles]
         every = [{x.name: profile.shapes(x.name, tuple(x.shape)) for x in inputs} for profile in profiles]
         return [shapes for i, shapes in enumerate(every) if shapes not in every[:i]]
 

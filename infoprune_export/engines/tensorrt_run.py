@@ -134,8 +134,18 @@ class TensorRTEngine(Engine):
         """Room for as many tokens as the engine was built for, whatever is asked; None for an engine that joins past and present."""
         return TensorRTCacheBuffers(self, batch) if self.updated else None
 
-    def array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
-        """Memory on the device for an input or output."""
+    def hold(self, names: Collection[str], batch: int) -> dict[str, DeviceArray]:
+        """Memory for inputs of a fixed shape, of so many rows.
+
+        Raises:
+            InputError: more rows than the engine was built for.
+        """
+        specs = [spec for spec in self.inputs if spec.name in names]
+        shapes = {spec.name: (batch, *spec.shape[1:]) for spec in specs}
+        self._profile_for(shapes)
+        return {spec.name: self._array(spec, shapes[spec.name]) for spec in specs}
+
+    def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
         spare = self._spare[spec.name]
         array = DeviceArray(shape, spare.pop() if spare else cuda.Buffer(self._driver), spare)
         array.buffer.reserve(math.prod(shape) * spec.dtype.itemsize)
@@ -153,10 +163,12 @@ class TensorRTEngine(Engine):
         stayed: dict[str, DeviceArray] = {}
         shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self.outputs}
         for spec in self.outputs:
-            if spec.name in self.updated:
-                places[spec.name] = places[self.updated[spec.name]]
+            if (source := self.updated.get(spec.name)) is not None:
+                places[spec.name] = places[source]
+                if spec.name in stay and isinstance(arrays[source], DeviceArray):
+                    stayed[spec.name] = arrays[source]
             elif spec.name in stay:
-                stayed[spec.name] = self.array(spec, shapes[spec.name])
+                stayed[spec.name] = self._array(spec, shapes[spec.name])
                 places[spec.name] = stayed[spec.name].buffer
             else:
                 places[spec.name] = self._buffers[spec.name]
@@ -165,7 +177,8 @@ class TensorRTEngine(Engine):
             self._context.set_tensor_address(name, buffer.address)
         if not self._context.execute_async_v3(self._stream.handle):
             raise InputError("TensorRT could not run it; its message is above", where=self._path)
-        fetched = {spec.name: np.empty(shapes[spec.name], spec.dtype) for spec in self.outputs if spec.name in set(wanted) - set(stayed)}
+        asked = [spec for spec in self.outputs if spec.name in wanted and spec.name not in stayed]
+        fetched = {spec.name: np.empty(shapes[spec.name], spec.dtype) for spec in asked}
         for name, array in fetched.items():
             places[name].download(array, self._stream)
         self._stream.wait()
@@ -188,13 +201,16 @@ class TensorRTEngine(Engine):
         return TensorSpec(name, numpy_type, tuple(None if size < 0 else size for size in self._engine.get_tensor_shape(name)))
 
     def _select_profile(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Switches to the narrowest profile that covers all shapes: the last one, for decode comes after prefill."""
+        index = self._profile_for(shapes)
+        if index != self._profile:
+            self._context.set_optimization_profile_async(index, self._stream.handle)
+            self._profile = index
+
+    def _profile_for(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The narrowest profile that covers all shapes: the last one, for decode comes after prefill."""
         for index in reversed(range(self._engine.num_optimization_profiles)):
             if all(self._covers(index, name, shape) for name, shape in shapes.items()):
-                if index != self._profile:
-                    self._context.set_optimization_profile_async(index, self._stream.handle)
-                    self._profile = index
-                return
+                return index
         sizes = ", ".join(
             f"{name} {list(shape)}" for name, shape in shapes.items() if not name.startswith("past_key_values.") or ".0." in name
         )
@@ -209,6 +225,7 @@ class TensorRTEngine(Engine):
 class TensorRTCacheBuffers(CacheBuffers):
     """Each cache is input and output of every run at once, in memory of the device; its capacity is the engine's."""
 
+    grows = False
     mend = "use a shorter prompt or answer, or make the bundle from a recipe with a larger workload"
 
     def __init__(self, engine: TensorRTEngine, batch: int):
@@ -217,16 +234,11 @@ class TensorRTCacheBuffers(CacheBuffers):
             engine: A decoder that updates its caches in place.
             batch: Rows.
         """
-        past = [spec for spec in engine.inputs if spec.name in engine.updated.values()]
-        super().__init__(past[0].shape[TOKENS])
-        self._engine = engine
-        self._arrays = {spec.name: engine.array(spec, (batch, *spec.shape[1:])) for spec in past}
+        self._engine, self._arrays = engine, engine.hold(engine.updated.values(), batch)
+        super().__init__(next(iter(self._arrays.values())).shape[TOKENS])
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         return self._engine.run({**feeds, **self._arrays}, ["logits"])["logits"]
-
-    def _copy(self, tokens: int, capacity: int) -> CacheBuffers:
-        raise self._too_small(tokens + 1)
 
 
 def _contiguous(array: Any, dtype: np.dtype) -> np.ndarray | DeviceArray:

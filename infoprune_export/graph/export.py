@@ -93,7 +93,7 @@ def export_graphs(model: PreTrainedModel, anatomy: Anatomy, out_dir: Path, *dtyp
 
 
 def trace(module: Component, ports: Ports) -> ir.Model:
-    """One component as an ONNX graph in the stand-in type, its initialisers without contents.
+    """One component as an ONNX graph in the stand-in type, its weights without contents.
 
     Args:
         module: From `split`, without weights.

@@ -39,7 +39,7 @@ class Cache:
     Attributes:
         past: Decoder input name to array, or buffers that every cache of this prompt writes into.
         attention_mask: [batch, tokens so far] int64, 0 where padded.
-        fixed: Whether the buffers' capacity was asked for, and may not grow.
+        fixed: Whether the buffers' capacity was asked for or is the engine's own, and may not grow.
         step: What wrote the last of the tokens into the buffers.
     """
 
@@ -148,7 +148,8 @@ class Session:
         if past is None:
             past = {name: np.zeros((batch, x.shape[1], 0, x.shape[3]), x.dtype) for name, x in self._past.items()}
         positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)
-        return self._decode(inputs_embeds, positions, Cache(past, attention_mask, capacity is not None))
+        fixed = capacity is not None or (isinstance(past, CacheBuffers) and not past.grows)
+        return self._decode(inputs_embeds, positions, Cache(past, attention_mask, fixed))
 
     def step(self, token_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Reads one more token of every row.
@@ -205,7 +206,8 @@ class Session:
             [batch] int64, the next token of every row. A finished row repeats its end token; it stops when all are finished.
 
         Raises:
-            InputError: with the first token, for a prompt that is too long for the model or, with its answer, for the capacity.
+            InputError: with the first token, for a prompt that is too long for the model or, with its answer, for the capacity; later
+                for an answer that outgrows the capacity which the engine was built for.
         """
         ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
         ids, mask = left_pad(input_ids, 1 if self.config.image_token_id == 0 else 0)

@@ -17,6 +17,7 @@ from infoprune_export.compress.decide import keep_everything
 from infoprune_export.compress.surgery import shape_as_planned
 from infoprune_export.engines import onnxruntime as ort
 from infoprune_export.engines import stacks
+from infoprune_export.engines.cache_buffers import OrtCacheBuffers
 from infoprune_export.engines.cache_fusion import CAPACITY, share_cache
 from infoprune_export.engines.graphs import read_graph
 from infoprune_export.engines.quantise import quantise_graphs
@@ -25,6 +26,7 @@ from infoprune_export.graph.export import export_graphs
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.plans import Source
 from infoprune_export.recipe import Criterion, Workload
+from infoprune_export.runtime import session as runtime_session
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import GROWTH, Session
 
@@ -153,6 +155,16 @@ def test_without_a_capacity_room_is_made(made):
     endless = session(made[1], positions=None)
     new = GROWTH + 3
     assert tokens(endless, PROMPTS, new) == tokens(session(made[0], positions=None), PROMPTS, new)
+
+
+def test_an_engine_whose_room_is_its_own_says_when_it_is_full(made, monkeypatch):
+    monkeypatch.setattr(OrtCacheBuffers, "grows", False)
+    monkeypatch.setattr(runtime_session, "GROWTH", 2)
+    built = session(made[1], positions=None)
+    longest = max(map(len, PROMPTS))
+    assert len(tokens(built, PROMPTS, 3)) == 3
+    with pytest.raises(InputError, match=f"room for {longest + 2} tokens, prompt and answer have {longest + 3}"):
+        tokens(built, PROMPTS, 4)
 
 
 def test_a_cache_can_be_continued_twice_but_not_behind_anothers_back(made):

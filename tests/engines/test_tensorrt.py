@@ -9,8 +9,9 @@ from onnx import TensorProto, helper
 from toy_graphs import HIDDEN, decoder, embed_tokens, save, vision_encoder
 
 from infoprune_export.engines import flavours, machine, tensorrt
+from infoprune_export.engines.cache_update import update_in_place
 from infoprune_export.engines.graphs import read_graph
-from infoprune_export.engines.profiles import workload_profiles
+from infoprune_export.engines.profiles import spanning, workload_profiles
 from infoprune_export.errors import InputError, MissingRequirement, NotEnough
 from infoprune_export.recipe import Workload
 
@@ -74,6 +75,28 @@ def test_the_cache_is_updated_in_place_with_room_for_what_the_profiles_take(tmp_
     assert kinds.count(ahead_of_time.module.LayerType.KV_CACHE_UPDATE) == updates
     shapes = {x.name: tuple(x.shape) for x in map(network.get_input, range(network.num_inputs))}
     assert shapes["past_key_values.0.key"] == (-1, 2, CAPACITY if updates else -1, 16)
+
+
+def test_one_profile_for_both_takes_no_more_tokens_than_the_cache_has_room_for(ahead_of_time, tmp_path):
+    network = network_of(ahead_of_time, decoder(tmp_path / "decoder.onnx"))
+    (shapes,) = network._distinct_shapes([spanning(PROFILES)])
+    assert shapes["inputs_embeds"][2][1] == shapes["attention_mask"][2][1] == shapes["past_key_values.0.key"][2][2] == CAPACITY
+
+
+def recording(made):
+    def update(model, capacity):
+        made.append((capacity, update_in_place(model, capacity)))
+        return made[-1][1]
+
+    return update
+
+
+def test_the_room_does_not_depend_on_how_many_profiles_there_are(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(tensorrt, "ONE_PROFILE_FROM", 0)
+    monkeypatch.setattr(tensorrt, "update_in_place", recording(made))
+    build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")
+    assert made == [(CAPACITY, 2)]
 
 
 def test_a_parser_without_the_update_gets_the_graph_as_it_is(tmp_path, ahead_of_time, monkeypatch):

@@ -186,9 +186,22 @@ def test_two_caches_do_not_share_memory_and_leave_it_to_the_next(device, updatin
 def test_a_cache_has_the_room_that_its_engine_was_built_for(updating):
     cache = updating.open_cache(1, 6)
     _, step = cache.run(fed(1, 2, 3, 4, 5, 6, tokens=6), None)
-    for refused in (lambda: cache.run(fed(7, tokens=7), step), lambda: cache.larger(6, 14)):
-        with pytest.raises(InputError, match=r"has room for 6 tokens, prompt and answer have 7\n.*a recipe with a larger workload"):
-            refused()
+    assert not cache.grows
+    with pytest.raises(InputError, match=r"has room for 6 tokens, prompt and answer have 7\n.*a recipe with a larger workload"):
+        cache.run(fed(7, tokens=7), step)
+
+
+def test_more_rows_than_the_engine_was_built_for(device, updating):
+    with pytest.raises(InputError, match=r"not built for these shapes: past_key_values.0.key \[2, 1, 6, 1\]"):
+        updating.open_cache(2, 6)
+    assert not device.allocations
+
+
+def test_a_cache_given_as_an_array_comes_back_as_one(updating):
+    past = np.array([1, 2, 0, 0, 0, 0], np.float32).reshape(1, 1, 6, 1)
+    out = updating.run({**fed(3, tokens=3), "past_key_values.0.key": past})
+    np.testing.assert_array_equal(out["present.0.key"].ravel(), [1, 2, 3, 0, 0, 0])
+    assert out["logits"].ravel() == 6
 
 
 def test_an_engine_that_joins_past_and_present_has_no_cache_of_its_own(device, engine_file):

@@ -1,4 +1,4 @@
-"""One traced graph in several types: constants rounded once, casts where the type differs, none where it does not."""
+"""One traced graph in several types: constants of the type, casts where the type differs, none where it does not."""
 
 import ml_dtypes
 import numpy as np
@@ -58,7 +58,7 @@ def test_casts_stay_only_where_types_differ():
     assert casts == {"fp32": [], "fp16": [TensorProto.FLOAT, TensorProto.FLOAT16]}
 
 
-def test_constants_are_rounded_once():
+def test_constants_have_the_type():
     found = in_type(traced(), "bf16")
     weight = found.graph.initializers["weight"].const_value
     assert weight.dtype == ir.DataType.BFLOAT16
@@ -107,3 +107,42 @@ def test_branches_too():
     for which, wanted in ((True, TENTH), (False, 0.5)):
         (y,) = session.run(None, {"x": np.array([0.5], np.float16), "which": np.array(which)})
         assert y.dtype == np.float16 and y == np.float16(wanted)
+
+
+def test_bodies_with_inputs_and_constants_of_their_own():
+    double = lambda name: helper.make_tensor_value_info(name, TensorProto.DOUBLE, [1])
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["goes"]),
+            helper.make_node("Cast", ["sum"], ["same"], to=TensorProto.FLOAT),
+            helper.make_node("Cast", ["same"], ["back"], to=TensorProto.DOUBLE),
+            helper.make_node("Add", ["back", "tenth"], ["more"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            double("sum"),
+        ],
+        [helper.make_tensor_value_info("goes", TensorProto.BOOL, []), double("more")],
+        [numpy_helper.from_array(np.array([TENTH]), "tenth")],
+        value_info=[double("back"), helper.make_tensor_value_info("same", TensorProto.FLOAT, [1])],
+    )
+    node = helper.make_node("Loop", ["rounds", "", "x"], ["y"], body=body)
+    rounds = numpy_helper.from_array(np.array(3), "rounds")
+    graph = helper.make_graph([node], "loop", [double("x")], [double("y")], [rounds])
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    for dtype, casts in (("fp32", 0), ("fp16", 2)):
+        found = proto(in_type(model, dtype))
+        (inner,) = (a.g for a in found.graph.node[0].attribute)
+        assert [n.op_type for n in inner.node].count("Cast") == casts
+        (y,) = onnxruntime.InferenceSession(found.SerializeToString()).run(None, {"x": np.zeros(1, TYPES[dtype][1])})
+        np.testing.assert_allclose(y, [3 * TENTH], rtol=2e-3)
+
+
+def test_a_cast_of_a_value_whose_type_is_not_known_stays():
+    model = traced()
+    for node in model.graph:
+        if node.op_type == "Cast":
+            node.inputs[0].type = node.outputs[0].type = None
+    assert [n.op_type for n in in_type(model, "fp32").graph].count("Cast") == 2
