@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt tools/install.sh
 	@touch $@
 
 demo: $(STAMP) ## compress, export, build and validate the embedded model into build/tiny-llava
-	$(BIN)/infoprune-export tiny-llava --target ort --target trt --flops 0.33 --train-steps 320 --out $(DEMO_OUT)
+	$(BIN)/infoprune-export tiny-llava --target ort --target trt --flops 0.33 --train-steps 240 --out $(DEMO_OUT)
 	@echo "open $(DEMO_OUT)/report.html"
 
 test: $(STAMP) ## run the tests, without the ones that take minutes

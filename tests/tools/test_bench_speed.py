@@ -189,7 +189,7 @@ def test_int4_slices_are_timed_in_turn_and_a_bundle_is_read(tmp_path, monkeypatc
     lines = []
     monkeypatch.setattr(bundles, "command", command)
     found = weights.measure(SMALL, tmp_path, threads=1, seconds=0.1)
-    assert lines[0][:7] == ("tiny-llava", "--flops", "0.33", "--train-steps", 320, "--weights", "int4")
+    assert lines[0][:7] == ("tiny-llava", "--flops", "0.33", "--train-steps", 240, "--weights", "int4")
     assert found["bundle"]["size_ratio"] == 0.2 and found["bundle"]["drop_points"] == pytest.approx(1)
     assert list(found["parts"]) == ["vision", "prefill", "decode"]
     for part, x in found["parts"].items():

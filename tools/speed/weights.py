@@ -16,7 +16,7 @@ from infoprune_export.models.families import find_anatomy
 from speed import bundles, slices
 
 WEIGHTS = "int4"
-STEPS = 320
+STEPS = 240
 """Of training, as in the demo."""
 
 
