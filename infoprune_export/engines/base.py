@@ -33,11 +33,9 @@ class CacheBuffers(ABC):
 
     Attributes:
         capacity: Most tokens of a row, those of the prompt and of the answer together.
-        grows: Whether there are `larger` ones.
         mend: What to do where the tokens are too few.
     """
 
-    grows = True
     mend = "give a larger capacity, or none"
 
     def __init__(self, capacity: int):
@@ -67,19 +65,20 @@ class CacheBuffers(ABC):
         self._steps[done:] = [Step(done + 1)]
         return logits, self._steps[-1]
 
-    def larger(self, tokens: int, capacity: int) -> CacheBuffers:
-        """Buffers of their own, of another capacity, with what these hold of so many tokens."""
+    def larger(self, tokens: int, capacity: int) -> CacheBuffers | None:
+        """Buffers of their own, of another capacity, with what these hold of so many tokens; None where the capacity is the engine's."""
         new = self._copy(tokens, capacity)
-        new._steps = list(self._steps)
+        if new is not None:
+            new._steps = list(self._steps)
         return new
 
     @abstractmethod
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """Logits; the present is written behind the past."""
 
-    def _copy(self, tokens: int, capacity: int) -> CacheBuffers:
+    @abstractmethod
+    def _copy(self, tokens: int, capacity: int) -> CacheBuffers | None:
         """See `larger`."""
-        raise NotImplementedError
 
 
 class Engine(ABC):

@@ -225,7 +225,6 @@ class TensorRTEngine(Engine):
 class TensorRTCacheBuffers(CacheBuffers):
     """Each cache is input and output of every run at once, in memory of the device; its capacity is the engine's."""
 
-    grows = False
     mend = "use a shorter prompt or answer, or make the bundle from a recipe with a larger workload"
 
     def __init__(self, engine: TensorRTEngine, batch: int):
@@ -239,6 +238,9 @@ class TensorRTCacheBuffers(CacheBuffers):
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         return self._engine.run({**feeds, **self._arrays}, ["logits"])["logits"]
+
+    def _copy(self, tokens: int, capacity: int) -> None:
+        return None
 
 
 def _contiguous(array: Any, dtype: np.dtype) -> np.ndarray | DeviceArray:

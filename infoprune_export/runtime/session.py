@@ -39,7 +39,7 @@ class Cache:
     Attributes:
         past: Decoder input name to array, or buffers that every cache of this prompt writes into.
         attention_mask: [batch, tokens so far] int64, 0 where padded.
-        fixed: Whether the buffers' capacity was asked for or is the engine's own, and may not grow.
+        fixed: Whether the buffers' capacity was asked for, and may not grow.
         step: What wrote the last of the tokens into the buffers.
     """
 
@@ -148,8 +148,7 @@ class Session:
         if past is None:
             past = {name: np.zeros((batch, x.shape[1], 0, x.shape[3]), x.dtype) for name, x in self._past.items()}
         positions = np.maximum(attention_mask.cumsum(-1) - 1, 0)
-        fixed = capacity is not None or (isinstance(past, CacheBuffers) and not past.grows)
-        return self._decode(inputs_embeds, positions, Cache(past, attention_mask, fixed))
+        return self._decode(inputs_embeds, positions, Cache(past, attention_mask, capacity is not None))
 
     def step(self, token_ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Reads one more token of every row.
@@ -168,7 +167,7 @@ class Session:
         mask = np.pad(cache.attention_mask, ((0, 0), (0, 1)), constant_values=1)
         past, tokens = cache.past, mask.shape[1]
         if isinstance(past, CacheBuffers) and tokens > past.capacity and not cache.fixed:
-            past = past.larger(tokens - 1, 2 * tokens)
+            past = past.larger(tokens - 1, 2 * tokens) or past  # those that cannot grow say so when they are run
         longer = replace(cache, past=past, attention_mask=mask)
         # A model may say its image token; no image belongs to it then, and it is a token like any other.
         return self._decode(self._look_up(token_ids[:, None]), mask.sum(-1, keepdims=True) - 1, longer)

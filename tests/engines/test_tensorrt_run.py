@@ -186,7 +186,7 @@ def test_two_caches_do_not_share_memory_and_leave_it_to_the_next(device, updatin
 def test_a_cache_has_the_room_that_its_engine_was_built_for(updating):
     cache = updating.open_cache(1, 6)
     _, step = cache.run(fed(1, 2, 3, 4, 5, 6, tokens=6), None)
-    assert not cache.grows
+    assert cache.larger(6, 14) is None
     with pytest.raises(InputError, match=r"has room for 6 tokens, prompt and answer have 7\n.*a recipe with a larger workload"):
         cache.run(fed(7, tokens=7), step)
 
