@@ -6,6 +6,7 @@ new ones, the capacity C is P + N rounded up to a multiple of 64:
     prefill   sequence 1..C, tuned for P;  past 0
     decode    sequence 1;                  past 1..C-1, tuned for P + N / 2
 
+A decoder that updates its cache in place has a past of C at all times; the mask says how much of it is used.
 Requests of up to C tokens run whatever their mix of text and images, and a longer one needs an
 engine built for a longer workload. `spanning` makes one profile of the two.
 """
