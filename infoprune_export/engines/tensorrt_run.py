@@ -14,7 +14,14 @@ from infoprune_export.engines import cuda
 from infoprune_export.engines.base import CacheBuffers, Engine, TensorSpec
 from infoprune_export.engines.cache_update import TOKENS
 from infoprune_export.engines.flavours import EXTRAS, Flavour, installed
+from infoprune_export.engines.kernel_cache import compiled_before
+from infoprune_export.engines.profiles import CAPACITY_STEP
 from infoprune_export.errors import InputError, MissingRequirement
+
+RECORDED_AT = 2
+"""Times that a run has been repeated when it is recorded; recording has its price, and many answers are short."""
+MASK_STEP = CAPACITY_STEP
+"""Tokens that a mask grows by."""
 
 
 def find_engine(engines: Path, component: str) -> Path:
@@ -105,7 +112,7 @@ class TensorRTEngine(Engine):
                 mend="build it here: infoprune-export build DIR --target trt",
             )
         self._driver = driver
-        self._context = self._engine.create_execution_context()
+        self._context = self._new_context(flavour, data)
         if self._context is None:
             raise cuda.no_memory(path)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -117,6 +124,9 @@ class TensorRTEngine(Engine):
         self._buffers = {name: cuda.Buffer(driver) for name in names}
         self._spare: dict[str, list[cuda.Buffer]] = {name: [] for name in names}
         self._profile: int | None = None
+        self._records = flavour.times_kernels  # TensorRT-RTX has graphs of its own, for it knows when its kernels are compiled
+        self._last: tuple = ()
+        self._repeated, self._graph = 0, None
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Runs the component once; see `Engine.run`.
@@ -135,7 +145,7 @@ class TensorRTEngine(Engine):
         return TensorRTCacheBuffers(self, batch) if self.updated else None
 
     def hold(self, names: Collection[str], batch: int) -> dict[str, DeviceArray]:
-        """Memory for inputs of a fixed shape, of so many rows.
+        """Memory for inputs of a fixed shape, of so many rows, zeros at first.
 
         Raises:
             InputError: more rows than the engine was built for.
@@ -143,7 +153,10 @@ class TensorRTEngine(Engine):
         specs = [spec for spec in self.inputs if spec.name in names]
         shapes = {spec.name: (batch, *spec.shape[1:]) for spec in specs}
         self._profile_for(shapes)
-        return {spec.name: self._array(spec, shapes[spec.name]) for spec in specs}
+        held = {spec.name: self._array(spec, shapes[spec.name]) for spec in specs}
+        for array in held.values():
+            array.buffer.clear(self._stream)
+        return held
 
     def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
         spare = self._spare[spec.name]
@@ -175,14 +188,37 @@ class TensorRTEngine(Engine):
                 places[spec.name].reserve(math.prod(shapes[spec.name]) * spec.dtype.itemsize)
         for name, buffer in places.items():
             self._context.set_tensor_address(name, buffer.address)
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise InputError("TensorRT could not run it; its message is above", where=self._path)
+        self._execute((self._profile, [a.shape for a in arrays.values()], [b.address for b in places.values()]))
         asked = [spec for spec in self.outputs if spec.name in wanted and spec.name not in stayed]
         fetched = {spec.name: np.empty(shapes[spec.name], spec.dtype) for spec in asked}
         for name, array in fetched.items():
             places[name].download(array, self._stream)
         self._stream.wait()
         return {name: stayed[name] if name in stayed else fetched[name] for name in wanted}
+
+    def _new_context(self, flavour: Flavour, data: bytes) -> Any:
+        """What the engine runs in; None where the device has no memory for it."""
+        if flavour.times_kernels:
+            return self._engine.create_execution_context()
+        config = compiled_before(self._engine, data, flavour.version, self._driver, owner=self)
+        config.cuda_graph_strategy = flavour.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(runtime_config=config)
+
+    def _execute(self, state: tuple) -> None:
+        """Queues a run; as one CUDA graph where it repeats profile, shapes and addresses of those before, as the steps of an answer do."""
+        self._repeated = self._repeated + 1 if state == self._last else 0
+        if not self._repeated:
+            self._last, self._graph = state, None
+        if self._repeated == RECORDED_AT and self._records:
+            self._graph = self._stream.record(self._queue)
+            self._records = self._graph is not None  # what cannot be recorded once never can
+        if self._graph:
+            self._graph.launch(self._stream)
+        elif not self._queue():
+            raise InputError("TensorRT could not run it; its message is above", where=self._path)
+
+    def _queue(self) -> bool:
+        return self._context.execute_async_v3(self._stream.handle)
 
     def _on_device(self, name: str, array: np.ndarray | DeviceArray) -> cuda.Buffer:
         if isinstance(array, DeviceArray):
@@ -237,7 +273,10 @@ class TensorRTCacheBuffers(CacheBuffers):
         super().__init__(next(iter(self._arrays.values())).shape[TOKENS])
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self._engine.run({**feeds, **self._arrays}, ["logits"])["logits"]
+        mask = feeds["attention_mask"]
+        room = min(-mask.shape[1] % MASK_STEP, self.capacity - mask.shape[1])
+        mask = np.pad(mask, ((0, 0), (0, room)))  # else every step had shapes of its own
+        return self._engine.run({**feeds, "attention_mask": mask, **self._arrays}, ["logits"])["logits"]
 
     def _copy(self, tokens: int, capacity: int) -> None:
         return None

@@ -7,7 +7,23 @@ from types import SimpleNamespace
 
 import numpy as np
 
-OUT_OF_MEMORY, NOT_PERMITTED = 2, 800
+OUT_OF_MEMORY, NOT_PERMITTED, CAPTURE_INVALIDATED = 2, 800, 901
+STREAMS = {}
+"""Handle to stream, of all drivers."""
+
+
+class FakeStream:
+    """Does at once what is queued, or notes it while it records."""
+
+    def __init__(self):
+        self.recorded, self.capturable, self.recordings = None, True, 0
+
+    def queue(self, work):
+        if self.recorded is None:
+            work()
+        elif self.capturable:
+            self.recorded.append(work)
+        return self.recorded is None or self.capturable
 
 
 class FakeDriver:
@@ -15,6 +31,7 @@ class FakeDriver:
 
     def __init__(self, limit: int = 1 << 20):
         self.limit, self.blocks, self.broken, self.allocations = limit, {}, set(), 0
+        self.stream, self.graphs, self.launches = FakeStream(), {}, 0
 
     def __getattr__(self, name: str):
         if name.startswith("cu"):
@@ -66,6 +83,49 @@ class FakeDriver:
         del self.blocks[address.value]
         return 0
 
+    def cuMemsetD8Async(self, address, value, size, stream):
+        ctypes.memset(address.value, value.value, size.value)
+        return 0
+
+    def cuStreamCreate(self, handle, flags):
+        handle._obj.value = 1000 + len(STREAMS)
+        STREAMS[handle._obj.value] = self.stream
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream, mode):
+        assert mode == 1, "other threads must go on"
+        self.stream.recorded = []
+        self.stream.recordings += 1
+        return 0
+
+    def cuStreamEndCapture(self, stream, graph):
+        recorded, self.stream.recorded = self.stream.recorded, None
+        if not self.stream.capturable:
+            return CAPTURE_INVALIDATED
+        graph._obj.value = self._new_graph(recorded)
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, executable, graph, flags):
+        executable._obj.value = self._new_graph(self.graphs[graph.value])
+        return 0
+
+    def _new_graph(self, recorded):
+        handle = max(self.graphs, default=0) + 1
+        self.graphs[handle] = recorded
+        return handle
+
+    def cuGraphLaunch(self, executable, stream):
+        self.launches += 1
+        for work in self.graphs[executable.value]:
+            work()
+        return 0
+
+    def cuGraphDestroy(self, graph):
+        del self.graphs[graph.value]
+        return 0
+
+    cuGraphExecDestroy = cuGraphDestroy
+
     def cuMemcpyHtoDAsync_v2(self, target, source, size, stream):
         ctypes.memmove(target.value, source.value, size.value)
         return 0
@@ -75,11 +135,16 @@ class FakeDriver:
         return 0
 
 
+def _read(name, shapes, addresses):
+    raw = ctypes.string_at(addresses[name], int(np.prod(shapes[name])) * 4)
+    return np.frombuffer(raw, np.float32).reshape(shapes[name])
+
+
 class FakeContext:
     """Runs `present = concat(past, x)`, `total = sum(present)` along the last axis."""
 
     def __init__(self):
-        self.shapes, self.addresses, self.profiles = {}, {}, []
+        self.shapes, self.addresses, self.profiles, self.config, self.compiled = {}, {}, [], None, []
 
     def set_optimization_profile_async(self, index, stream):
         self.profiles.append(index)
@@ -99,16 +164,48 @@ class FakeContext:
         return {"present": (batch, self.shapes["past"][1] + self.shapes["x"][1]), "total": (batch,)}[name]
 
     def execute_async_v3(self, stream):
-        present = np.concatenate([self._read("past"), self._read("x")], 1)
-        ctypes.memmove(self.addresses["present"], present.ctypes.data, present.nbytes)
-        total = present.sum(1, dtype=np.float32)
-        ctypes.memmove(self.addresses["total"], total.ctypes.data, total.nbytes)
-        return True
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        return STREAMS[stream].queue(lambda: self._execute(shapes, addresses))
 
-    def _read(self, name):
-        shape = self.shapes[name]
-        raw = ctypes.string_at(self.addresses[name], int(np.prod(shape)) * 4)
-        return np.frombuffer(raw, np.float32).reshape(shape)
+    def _execute(self, shapes, addresses):
+        if self.config:
+            self._compile(str(shapes))
+        present = np.concatenate([_read(name, shapes, addresses) for name in ("past", "x")], 1)
+        ctypes.memmove(addresses["present"], present.ctypes.data, present.nbytes)
+        total = present.sum(1, dtype=np.float32)
+        ctypes.memmove(addresses["total"], total.ctypes.data, total.nbytes)
+
+    def _compile(self, kernel):
+        """As TensorRT-RTX does, for shapes that its cache does not know."""
+        if kernel not in self.config.cache.kernels:
+            self.config.cache.kernels.append(kernel)
+            self.compiled.append(kernel)
+
+
+class FakeRuntimeCache:
+    """Kernels by name; takes those of its own driver only."""
+
+    version = "12080"
+
+    def __init__(self):
+        self.kernels = []
+
+    def serialize(self):
+        return "\n".join([self.version, *self.kernels]).encode()
+
+    def deserialize(self, blob):
+        version, *kernels = blob.decode().split("\n")
+        self.kernels += kernels if (takes := version == self.version) else []
+        return takes
+
+
+class FakeRuntimeConfig:
+    def create_runtime_cache(self):
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
 
 
 class FakeEngine:
@@ -121,7 +218,12 @@ class FakeEngine:
     def __init__(self):
         self.context = FakeContext()
 
-    def create_execution_context(self):
+    def create_runtime_config(self):
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, runtime_config=None):
+        if self.context:
+            self.context.config = runtime_config
         return self.context
 
     def get_tensor_name(self, index):
@@ -142,19 +244,19 @@ class FakeEngine:
 
 
 class FakeUpdatingContext(FakeContext):
-    """Writes x behind the tokens that are in the cache already; `logits` is the sum of all."""
+    """Writes x behind the tokens that are in the cache already, as many as the mask says; `logits` is the sum of all."""
 
     def get_tensor_shape(self, name):
         return {"present.0.key": self.shapes["past_key_values.0.key"], "logits": (1, 1, 1)}[name]
 
-    def execute_async_v3(self, stream):
-        assert self.addresses["past_key_values.0.key"] == self.addresses["present.0.key"]
-        new, tokens = self._read("inputs_embeds").ravel(), self.shapes["attention_mask"][1]
-        cache = (ctypes.c_float * FakeUpdatingEngine.capacity).from_address(self.addresses["present.0.key"])
+    def _execute(self, shapes, addresses):
+        assert addresses["past_key_values.0.key"] == addresses["present.0.key"]
+        new, mask = (_read(name, shapes, addresses).ravel() for name in ("inputs_embeds", "attention_mask"))
+        tokens = int(mask.nonzero()[0].max()) + 1
+        cache = (ctypes.c_float * FakeUpdatingEngine.capacity).from_address(addresses["present.0.key"])
         cache[tokens - len(new) : tokens] = new.tolist()
-        total = np.float32(sum(cache[:tokens]))
-        ctypes.memmove(self.addresses["logits"], total.tobytes(), 4)
-        return True
+        total = np.float32(np.dot(cache[: len(mask)], mask))
+        ctypes.memmove(addresses["logits"], total.tobytes(), 4)
 
 
 class FakeUpdatingEngine(FakeEngine):
@@ -186,6 +288,7 @@ def fake_tensorrt(takes: bool = True, updates: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
         __version__="9.9",
         engine=engine,
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph"),
         bfloat16="bfloat16",
         nptype=lambda dtype: np.float32,
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),
