@@ -17,6 +17,7 @@ import onnx
 from infoprune_export.engines.cache_update import update_in_place
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
+from infoprune_export.engines.primitives import write_out
 from infoprune_export.engines.profiles import Profile, Shape, spanning
 from infoprune_export.engines.whole_blocks import make_whole
 from infoprune_export.errors import InfoPruneError, InputError, NotEnough
@@ -98,6 +99,8 @@ class _Network:
         self._builder = trt.Builder(self._logger)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self._network, self._logger)
+        if written := write_out(model, parser.supports_operator):
+            self._logger.log(trt.ILogger.Severity.INFO, f"written out, for this parser does not read them: {', '.join(sorted(written))}")
         allow_decomposed_attention(model)
         updated = parser.supports_operator("TensorScatter") and update_in_place(model, capacity)
         self._capacity = capacity if updated else None
