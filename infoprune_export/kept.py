@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 
 def cache_directory(kind: str) -> Path:
     """Where things of a kind are kept, such as `latency`; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infoprune-export" / kind
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        home = tempfile.gettempdir()
+    return Path(home) / "infoprune-export" / kind
 
 
 def keep(path: Path, data: bytes) -> None:
     """Puts a file there whole, or leaves what is there: a read-only home costs the next run its time, nothing else."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes may keep the same thing
-        part.write_bytes(data)
-        os.replace(part, path)
+        descriptor, part = tempfile.mkstemp(dir=path.parent, suffix=".part")  # others may keep the same thing now
+        try:
+            with os.fdopen(descriptor, "wb") as f:
+                f.write(data)
+            os.replace(part, path)
+        except OSError:
+            os.unlink(part)
 
 
 def kept(path: Path) -> bytes | None:

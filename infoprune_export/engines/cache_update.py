@@ -40,7 +40,7 @@ def update_in_place(model: onnx.ModelProto, capacity: int) -> int:
     if not caches or not as_made or len(readers) != len(caches) or places is None or own.version < ATTENTION_OPSET:
         return 0
     joined = {n.output[0] for n in readers}
-    nodes = list(_lengths(graph))
+    nodes = list(_lengths(graph, capacity))
     for node in graph.node:
         if node.output[0] in joined:
             past, new, present = *node.input, node.output[0]
@@ -77,9 +77,12 @@ def _places_of_queries(graph: onnx.GraphProto) -> list[onnx.NodeProto] | None:
     return places if known and all(n in places or n.op_type == "Range" for n in readers(totals)) else None
 
 
-def _lengths(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Length of the mask, [1]; tokens with those of this step, a scalar; those that every row has already, [batch]. All int64."""
-    constants = {"cache.start": [0], "cache.axis": [TOKENS], "cache.zero": 0, "cache.one": 1}
+def _lengths(graph: onnx.GraphProto, capacity: int) -> Iterator[onnx.NodeProto]:
+    """Length of the mask, [1]; tokens with those of this step, a scalar; those that every row has already, [batch]. All int64.
+
+    The last stay within the cache whatever the mask says: TensorRT times kernels on inputs that nobody has filled.
+    """
+    constants = {"cache.start": [0], "cache.axis": [TOKENS], "cache.zero": 0, "cache.one": 1, "cache.capacity": capacity}
     for name, value in constants.items():
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
     yield _node("Shape", "attention_mask", out="cache.mask", start=1, end=2)
@@ -91,7 +94,10 @@ def _lengths(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     yield _node("Shape", "inputs_embeds", out="cache.new", start=1, end=2)
     yield _node("Shape", "inputs_embeds", out="cache.batch", start=0, end=1)
     yield _node("Sub", USED, "cache.new", out="cache.old")
-    yield _node("Expand", "cache.old", "cache.batch", out="cache.written")
+    yield _node("Sub", "cache.capacity", "cache.new", out="cache.last")
+    yield _node("Min", "cache.old", "cache.last", out="cache.bounded")
+    yield _node("Max", "cache.bounded", "cache.zero", out="cache.place")
+    yield _node("Expand", "cache.place", "cache.batch", out="cache.written")
 
 
 def _node(operator: str, *inputs: str, out: str, **attributes: int) -> onnx.NodeProto:

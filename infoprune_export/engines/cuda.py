@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from infoprune_export.engines.collector import uncollected
 from infoprune_export.errors import InfoPruneError, MissingRequirement, NotEnough
 
 OUT_OF_MEMORY = 2
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads go on as ever
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the default stream, which other libraries use, goes on while this one is recorded
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: so do other threads
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Stream:
 
     def __init__(self, cuda: Driver):
         self._cuda, self._handle = cuda, c_void_p()
-        cuda.call("cuStreamCreate", byref(self._handle), 0)
+        cuda.call("cuStreamCreate", byref(self._handle), NON_BLOCKING)
 
     @property
     def handle(self) -> int:
@@ -159,14 +161,18 @@ class Stream:
         """
         recorded = c_void_p()
         try:
-            self._cuda.call("cuStreamBeginCapture_v2", self._handle, THREAD_LOCAL)
-            try:
-                done = work()
-            finally:
-                self._cuda.call("cuStreamEndCapture", self._handle, byref(recorded))
-            return Graph(self._cuda, recorded) if done and recorded else None
+            with uncollected():
+                self._cuda.call("cuStreamBeginCapture_v2", self._handle, THREAD_LOCAL)
+                try:
+                    done = work()
+                finally:
+                    self._cuda.call("cuStreamEndCapture", self._handle, byref(recorded))
+            if done:
+                return Graph(self._cuda, recorded)
+            self._cuda.call("cuGraphDestroy", recorded)
         except InfoPruneError:
-            return None
+            pass
+        return None
 
 
 class Buffer:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import weakref
-from pathlib import Path
 from typing import Any
 
 from infoprune_export.engines.cuda import Driver
@@ -20,38 +18,37 @@ END = 2**20
 """Bytes at either end of an engine file that tell it from others; taken for another's, a cache is of no use and does no harm."""
 
 
-def compiled_before(engine: Any, data: bytes, version: str, driver: Driver, owner: object) -> Any:
-    """A runtime configuration under which an engine finds the kernels that earlier processes compiled, and leaves its own.
+class KernelCache:
+    """The kernels of one engine.
 
-    Args:
-        engine: A deserialised engine of TensorRT-RTX.
-        data: What it was deserialised from.
-        version: Of TensorRT-RTX.
-        driver: Its context is this thread's.
-        owner: With its end, or the process's, kernels are written.
+    TensorRT-RTX only borrows them: this object has to outlive every context that was made with its configuration.
 
-    Returns:
-        What `create_execution_context` takes.
+    Attributes:
+        config: What `create_execution_context` takes as `runtime_config`.
     """
-    config = engine.create_runtime_config()
-    cache = config.create_runtime_cache()
-    place = cache_directory("kernels") / f"{_name(data, version, driver)}.cache"
-    known = kept(place)
-    if known and not cache.deserialize(known):
-        known = None
-    config.set_runtime_cache(cache)
-    weakref.finalize(owner, _keep, cache, place, known, driver)
-    return config
 
+    def __init__(self, engine: Any, data: bytes, version: str, driver: Driver):
+        """
+        Args:
+            engine: A deserialised engine of TensorRT-RTX.
+            data: What it was deserialised from.
+            version: Of TensorRT-RTX.
+            driver: Its context is this thread's.
+        """
+        self.config = engine.create_runtime_config()
+        self._cache = self.config.create_runtime_cache()
+        self._driver = driver
+        told = (len(data), data[:END], data[-END:], version, driver.gpus()[0].name)
+        self._place = cache_directory("kernels") / f"{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.cache"
+        known = kept(self._place)
+        self._known = known if known and self._cache.deserialize(known) else None
+        self.config.set_runtime_cache(self._cache)
 
-def _keep(cache: Any, place: Path, known: bytes | None, driver: Driver) -> None:
-    with contextlib.suppress(InfoPruneError):  # the driver may be gone before us when the process ends
-        driver.enter()  # an owner may go in any thread
-        compiled = cache.serialize()
-        if compiled is not None and (written := bytes(memoryview(compiled))) not in (b"", known):
-            keep(place, written)
-
-
-def _name(data: bytes, version: str, driver: Driver) -> str:
-    told = (len(data), data[:END], data[-END:], version, driver.gpus()[0].name)
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    def keep(self) -> None:
+        """Leaves what is compiled by now to the next process, where that is more than it found."""
+        with contextlib.suppress(InfoPruneError):  # the driver may be gone before us when the process ends
+            self._driver.enter()  # an engine may go in any thread
+            compiled = self._cache.serialize()
+            if compiled is not None and (written := bytes(memoryview(compiled))) not in (b"", self._known):
+                keep(self._place, written)
+                self._known = written

@@ -1,7 +1,7 @@
 """Operators that an older TensorRT does not read, written out in ones that it does.
 
-Attention, RMSNormalization and RotaryEmbedding are of opset 23, which TensorRT's parser reads from 10.14 on; JetPack 6 has 10.3. They are
-written out in the forms that `graph.components` gives them. Any other form stays, for the parser to name.
+TensorRT's parser reads Attention from 10.14 on, RMSNormalization and RotaryEmbedding from 10.15, all of opset 23; JetPack 6 has 10.3. They
+are written out in the forms that `graph.components` gives them. Any other form stays, for the parser to name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import onnx
 from onnx import TensorProto, helper
 
 OPSET = 21
-"""The last before these operators; block-wise DequantizeLinear is of this one."""
+"""Has all else that graphs here hold, block-wise DequantizeLinear the latest."""
 
 
 def write_out(model: onnx.ModelProto, reads: Callable[[str], bool]) -> set[str]:
     """Writes out the operators of a graph that a parser does not read.
 
     Args:
-        model: Changed, and then of opset 21.
+        model: Changed, and of opset 21 where no operator is left that has come since.
         reads: Whether the parser reads an operator.
 
     Returns:
@@ -40,10 +40,10 @@ def write_out(model: onnx.ModelProto, reads: Callable[[str], bool]) -> set[str]:
             nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    written = unread - {n.op_type for n in nodes}
-    if written == unread:
+    left = {n.op_type for n in nodes}
+    if all(onnx.defs.has(op, OPSET, "") for op in left):
         next(x for x in model.opset_import if not x.domain).version = OPSET
-    return written
+    return unread - left
 
 
 class _Form:
@@ -56,12 +56,13 @@ class _Form:
         self._types, self._graph = types, graph
 
     def type(self, place: int = 0) -> int:
-        """Element type of an input."""
-        return self._types[self.inputs[place]].elem_type
+        """Element type of an input; 0 where it is not known."""
+        return self._types.get(self.inputs[place], _UNKNOWN).elem_type
 
-    def size(self, place: int, axis: int) -> int:
-        """Of an axis of an input; 0 where it is dynamic."""
-        return self._types[self.inputs[place]].shape.dim[axis].dim_value
+    def sizes(self, place: int, rank: int) -> list[int]:
+        """Sizes of an input, 0 where they are dynamic or not known; all 0 for one that has another rank."""
+        dims = self._types.get(self.inputs[place], _UNKNOWN).shape.dim
+        return [d.dim_value for d in dims] if len(dims) == rank else [0] * rank
 
     def has_only(self, **usual: object) -> bool:
         """Whether attributes other than those named are not there, and those named have their values where they are."""
@@ -93,7 +94,7 @@ class _Form:
 
 def _rms_normalization(form: _Form) -> bool:
     """In float32, and only then in the graph's type."""
-    if not form.has_only(axis=-1, epsilon=form.attributes.get("epsilon"), stash_type=1):
+    if not form.has_only(axis=-1, epsilon=form.attributes.get("epsilon"), stash_type=1) or not form.type():
         return False
     x, scale = form.inputs
     x = form.add("Cast", x, to=TensorProto.FLOAT)
@@ -117,14 +118,19 @@ def _rotary_embedding(form: _Form) -> bool:
 
 def _attention(form: _Form) -> bool:
     """Queries [batch, heads, sequence, width], keys and values [batch, groups, tokens, width], mask [batch, 1, sequence, tokens] bool."""
-    heads, groups, width = form.size(0, 1), form.size(1, 1), form.size(0, 3)
     usual = form.has_only(scale=form.attributes.get("scale"), is_causal=0, TRT_decomposable=1)
-    if not usual or not heads or not groups or not width or len(form.inputs) > 4 or len(form.node.output) > 1:
+    if not usual or not 3 <= len(form.inputs) <= 4 or len(form.node.output) > 1:
+        return False
+    (_, heads, _, width), (_, groups, _, _), (_, _, _, out_width) = (form.sizes(place, 4) for place in range(3))
+    masked = len(form.inputs) == 4
+    element = form.type()
+    unknown = not (heads and groups and width and out_width) or element not in _LOWEST
+    if unknown or (masked and (form.type(3) != TensorProto.BOOL or form.sizes(3, 4)[1] != 1)):
         return False
     queries, keys, values, *mask = form.inputs
-    element = form.type()
-    queries = form.add("Mul", queries, form.scalar(form.attributes.get("scale", width**-0.5), element))
-    keys = form.add("Transpose", keys, perm=[0, 1, 3, 2])
+    root = form.scalar(math.sqrt(form.attributes.get("scale", width**-0.5)), element)
+    queries = form.add("Mul", queries, root)  # half of the scale on either side, so that products stay small in half precision
+    keys = form.add("Transpose", form.add("Mul", keys, root), perm=[0, 1, 3, 2])
     if grouped := heads != groups:  # an axis of its own for the heads of a group
         queries = form.add("Reshape", queries, form.integers(0, groups, heads // groups, -1, width))
         keys, values = (form.add("Unsqueeze", x, form.integers(2)) for x in (keys, values))
@@ -134,7 +140,7 @@ def _attention(form: _Form) -> bool:
         scores = form.add("Where", m, scores, form.scalar(_LOWEST[element], element))
     shares = form.add("Softmax", scores, axis=-1)
     if grouped:
-        form.add("Reshape", form.add("MatMul", shares, values), form.integers(0, heads, -1, form.size(2, 3)), out=form.output)
+        form.add("Reshape", form.add("MatMul", shares, values), form.integers(0, heads, -1, out_width), out=form.output)
     else:
         form.add("MatMul", shares, values, out=form.output)
     return True
@@ -143,6 +149,8 @@ def _attention(form: _Form) -> bool:
 def _gelu(form: _Form) -> bool:
     """x / 2 (1 + erf(x / sqrt 2)), or with its approximation by tanh."""
     (x,), element = form.inputs, form.type()
+    if not element:
+        return False
     number = lambda value: form.scalar(value, element)
     if form.attributes.get("approximate", b"none") == b"tanh":
         cube = form.add("Mul", form.add("Mul", x, x), form.add("Mul", x, number(0.044715)))
@@ -166,6 +174,7 @@ _LOWEST = {
     TensorProto.BFLOAT16: -3e38,
 }
 """What a masked score becomes: finite, so that no product of it is NaN."""
+_UNKNOWN = onnx.TypeProto.Tensor()
 
 
 def _types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:

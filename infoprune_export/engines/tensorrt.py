@@ -6,15 +6,14 @@ directory. See flavours.py for where this runs, and tensorrt_run.py for running 
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
 from infoprune_export.engines.cache_update import update_in_place
+from infoprune_export.engines.collector import uncollected
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
 from infoprune_export.engines.primitives import write_out
@@ -71,22 +70,6 @@ def build(
     with uncollected():
         network = _Network(flavour, model, graph, capacity)
         return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Holds Python's garbage collector while TensorRT works.
-
-    TensorRT calls its logger, which is Python's, with a lock of its own held. A collection that begins there may free an older
-    builder, whose destructor waits for that lock for ever.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _Network:

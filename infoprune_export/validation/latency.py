@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from infoprune_export.runtime.session import Cache, Session
 
 ORIGINAL, COMPRESSED, QUANTISED = "original", "compressed", "quantised"
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 3  # on the third, a TensorRT engine records what it replays from then on
 MAX_SAMPLES = 2000
 
 Sample = Callable[[], float]

@@ -3,27 +3,48 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 
-OUT_OF_MEMORY, NOT_PERMITTED, CAPTURE_INVALIDATED = 2, 800, 901
+OUT_OF_MEMORY, NOT_PERMITTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 2, 800, 900, 901
 STREAMS = {}
 """Handle to stream, of all drivers."""
+
+
+def not_while_recording(function):
+    """What the driver refuses while a stream is recorded, and the recording with it."""
+
+    def checked(self, *arguments):
+        if self.stream.recorded is None:
+            return function(self, *arguments)
+        self.stream.valid = False
+        return CAPTURE_UNSUPPORTED
+
+    return checked
 
 
 class FakeStream:
     """Does at once what is queued, or notes it while it records."""
 
     def __init__(self):
-        self.recorded, self.capturable, self.recordings = None, True, 0
+        self.recorded, self.valid, self.capturable, self.recordings = None, True, True, 0
+
+    def begin(self):
+        self.recorded, self.valid = [], self.capturable
+        self.recordings += 1
+
+    def end(self):
+        recorded, self.recorded = self.recorded, None
+        return recorded if self.valid else None
 
     def queue(self, work):
         if self.recorded is None:
             work()
-        elif self.capturable:
+        else:
             self.recorded.append(work)
-        return self.recorded is None or self.capturable
+        return self.recorded is None or self.valid
 
 
 class FakeDriver:
@@ -70,6 +91,7 @@ class FakeDriver:
         free._obj.value, total._obj.value = self.free, self.limit
         return 0
 
+    @not_while_recording
     def cuMemAlloc_v2(self, address, size):
         if size.value > self.free:
             return OUT_OF_MEMORY
@@ -79,28 +101,34 @@ class FakeDriver:
         self.allocations += 1
         return 0
 
+    @not_while_recording
     def cuMemFree_v2(self, address):
         del self.blocks[address.value]
         return 0
 
+    @not_while_recording
     def cuMemsetD8Async(self, address, value, size, stream):
         ctypes.memset(address.value, value.value, size.value)
         return 0
 
     def cuStreamCreate(self, handle, flags):
+        assert flags == 1, "the default stream must go on while this one is recorded"
         handle._obj.value = 1000 + len(STREAMS)
         STREAMS[handle._obj.value] = self.stream
         return 0
 
+    @not_while_recording
+    def cuStreamSynchronize(self, stream):
+        return NOT_PERMITTED if "cuStreamSynchronize" in self.broken else 0
+
     def cuStreamBeginCapture_v2(self, stream, mode):
         assert mode == 1, "other threads must go on"
-        self.stream.recorded = []
-        self.stream.recordings += 1
+        STREAMS[stream.value].begin()
         return 0
 
     def cuStreamEndCapture(self, stream, graph):
-        recorded, self.stream.recorded = self.stream.recorded, None
-        if not self.stream.capturable:
+        recorded = STREAMS[stream.value].end()
+        if recorded is None:
             return CAPTURE_INVALIDATED
         graph._obj.value = self._new_graph(recorded)
         return 0
@@ -115,6 +143,7 @@ class FakeDriver:
         return handle
 
     def cuGraphLaunch(self, executable, stream):
+        assert stream.value in STREAMS
         self.launches += 1
         for work in self.graphs[executable.value]:
             work()
@@ -126,10 +155,12 @@ class FakeDriver:
 
     cuGraphExecDestroy = cuGraphDestroy
 
+    @not_while_recording
     def cuMemcpyHtoDAsync_v2(self, target, source, size, stream):
         ctypes.memmove(target.value, source.value, size.value)
         return 0
 
+    @not_while_recording
     def cuMemcpyDtoHAsync_v2(self, target, source, size, stream):
         ctypes.memmove(target.value, source.value, size.value)
         return 0
@@ -144,7 +175,7 @@ class FakeContext:
     """Runs `present = concat(past, x)`, `total = sum(present)` along the last axis."""
 
     def __init__(self):
-        self.shapes, self.addresses, self.profiles, self.config, self.compiled = {}, {}, [], None, []
+        self.shapes, self.addresses, self.profiles, self.cache = {}, {}, [], None
 
     def set_optimization_profile_async(self, index, stream):
         self.profiles.append(index)
@@ -168,7 +199,7 @@ class FakeContext:
         return STREAMS[stream].queue(lambda: self._execute(shapes, addresses))
 
     def _execute(self, shapes, addresses):
-        if self.config:
+        if self.cache:
             self._compile(str(shapes))
         present = np.concatenate([_read(name, shapes, addresses) for name in ("past", "x")], 1)
         ctypes.memmove(addresses["present"], present.ctypes.data, present.nbytes)
@@ -177,18 +208,26 @@ class FakeContext:
 
     def _compile(self, kernel):
         """As TensorRT-RTX does, for shapes that its cache does not know."""
-        if kernel not in self.config.cache.kernels:
-            self.config.cache.kernels.append(kernel)
+        if kernel not in self.cache().kernels:
+            self.cache().kernels.append(kernel)
             self.compiled.append(kernel)
 
 
+GONE_TOO_EARLY = []
+"""Caches that went before a context that compiles into them."""
+
+
 class FakeRuntimeCache:
-    """Kernels by name; takes those of its own driver only."""
+    """Kernels by name; takes those of its own driver only. Contexts borrow it."""
 
     version = "12080"
 
     def __init__(self):
-        self.kernels = []
+        self.kernels, self.contexts = [], weakref.WeakSet()
+
+    def __del__(self):
+        if self.contexts:
+            GONE_TOO_EARLY.append(self)
 
     def serialize(self):
         return "\n".join([self.version, *self.kernels]).encode()
@@ -204,7 +243,7 @@ class FakeRuntimeConfig:
         return FakeRuntimeCache()
 
     def set_runtime_cache(self, cache):
-        self.cache = cache
+        self.cache = weakref.ref(cache)
         return True
 
 
@@ -215,16 +254,25 @@ class FakeEngine:
     names = ("x", "past", "present", "total")
     ranges = ({"x": ((1, 1), (1, 8)), "past": ((1, 0), (1, 0))}, {"x": ((1, 1), (1, 1)), "past": ((1, 1), (1, 7))})
 
+    context_type = FakeContext
+
     def __init__(self):
-        self.context = FakeContext()
+        self.full, self.context, self.config, self.compiled = False, None, None, []
 
     def create_runtime_config(self):
         return FakeRuntimeConfig()
 
     def create_execution_context(self, runtime_config=None):
-        if self.context:
-            self.context.config = runtime_config
-        return self.context
+        """None on a device that is `full`; whoever asks for a context keeps it."""
+        if self.full:
+            return None
+        context = self.context_type()
+        context.compiled = self.compiled
+        self.context, self.config = weakref.proxy(context), runtime_config
+        if runtime_config:
+            context.cache = runtime_config.cache
+            context.cache().contexts.add(context)
+        return context
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -269,8 +317,7 @@ class FakeUpdatingEngine(FakeEngine):
         {"inputs_embeds": ((1, 1), (1, 6)), "attention_mask": ((1, 1), (1, 6)), "past_key_values.0.key": ((1, 1, 6, 1), (1, 1, 6, 1))},
     )
 
-    def __init__(self):
-        self.context = FakeUpdatingContext()
+    context_type = FakeUpdatingContext
 
     def get_tensor_mode(self, name):
         return "in" if name in self.names[:3] else "out"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda import FakeDriver, FakeRuntimeCache, fake_tensorrt
+from fake_cuda import GONE_TOO_EARLY, FakeDriver, FakeRuntimeCache, fake_tensorrt
 
 from infoprune_export.engines import cuda, tensorrt_run
 from infoprune_export.engines.flavours import Flavour
@@ -38,7 +42,8 @@ def process(home, tmp_path, monkeypatch):
             assert engine.run({"x": np.ones((1, n), np.float32), "past": EMPTY})["total"] == n
         del engine
         gc.collect()
-        return len(trt.engine.context.compiled)
+        assert not GONE_TOO_EARLY
+        return len(trt.engine.compiled)
 
     return run
 
@@ -80,3 +85,35 @@ def test_a_home_that_cannot_be_written_costs_time_only(process, home, monkeypatc
 def test_the_server_flavour_has_nothing_to_compile(process, home):
     assert process(1, flavour="tensorrt") == 0
     assert not home.exists()
+
+
+def test_a_service_that_is_killed_has_kept_them(process, monkeypatch):
+    monkeypatch.setattr(tensorrt_run, "KEPT_AFTER", 2)
+    monkeypatch.setattr(tensorrt_run.weakref, "finalize", lambda *arguments: None)
+    process(1, 2, 3)
+    assert process(1, 2) == 0
+    assert process(3) == 1
+
+
+def test_they_are_kept_when_the_process_ends(home, tmp_path):
+    """With the engine still there, as at the end of a command."""
+    path = tmp_path / "tensorrt-rtx" / "sm89" / "decoder.engine"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine")
+    script = f"""
+import numpy as np
+from fake_cuda import FakeDriver, fake_tensorrt
+from infoprune_export.engines import cuda, tensorrt_run
+from infoprune_export.engines.flavours import Flavour
+driver = cuda.Driver(FakeDriver())
+cuda.driver = lambda: driver
+trt = fake_tensorrt()
+tensorrt_run.installed = lambda: (Flavour("tensorrt-rtx", trt),)
+from pathlib import Path
+engine = tensorrt_run.load_engine(Path({str(path)!r}))
+engine.run({{"x": np.ones((1, 2), np.float32), "past": np.zeros((1, 0), np.float32)}})
+"""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=60)
+    (file,) = home.iterdir()
+    assert b"past" in file.read_bytes()

@@ -60,7 +60,7 @@ def test_attention(groups, masked, dtype, tolerance):
         mask = np.broadcast_to(np.arange(TOKENS) <= np.arange(SEQUENCE)[:, None] + TOKENS - SEQUENCE, (BATCH, 1, SEQUENCE, TOKENS)).copy()
         mask[1, :, :, :2] = False
         arrays["mask"] = mask
-    assert_the_same("Attention", arrays, axes, tolerance, scale=0.3)
+    assert_the_same("Attention", arrays, axes, tolerance, **({"scale": 0.3} if groups == 3 else {}))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-6), (np.float16, 2e-3)])
@@ -88,9 +88,42 @@ def test_what_the_parser_reads_stays():
     assert write_out(model, lambda name: True) == set() and model.SerializeToString() == before
 
 
-@pytest.mark.parametrize("unusual", [{"is_causal": 1}, {"softcap": 20.0}])
-def test_a_form_that_no_graph_here_has_stays_for_the_parser_to_name(unusual):
-    arrays = {n: normal(BATCH, 2, SEQUENCE, WIDTH) for n in "qkv"}
-    model = one_node("Attention", arrays, {n: ["b", 2, "s", WIDTH] for n in "qkv"}, **unusual)
+def attention_of(axes, mask=None, **attributes):
+    arrays = {n: normal(*(BATCH if isinstance(a, str) else a for a in axes)) for n in "qkv"}
+    if mask is not None:
+        arrays["mask"] = mask
+    named = {**{n: axes for n in "qkv"}, **({} if mask is None else {"mask": list(mask.shape)})}
+    return one_node("Attention", arrays, named, **attributes)
+
+
+HEADS = ["b", 2, "s", WIDTH]
+SQUARE = (BATCH, BATCH)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        attention_of(HEADS, is_causal=1),
+        attention_of(HEADS, softcap=20.0),
+        attention_of(["b", "s", 2 * WIDTH], q_num_heads=2, kv_num_heads=2),
+        attention_of(["b", "heads", "s", WIDTH]),
+        attention_of(HEADS, np.zeros((BATCH, 1, *SQUARE), np.float32)),  # added to the scores
+        attention_of(HEADS, np.ones(SQUARE, bool)),
+        attention_of(HEADS, np.ones((BATCH, 2, *SQUARE), bool)),  # another one for every head
+    ],
+    ids=["causal", "capped", "3d", "unknown-heads", "added-mask", "2d-mask", "mask-of-heads"],
+)
+def test_a_form_that_no_graph_here_has_stays_for_the_parser_to_name(model):
     before = model.SerializeToString()
     assert write_out(model, lambda name: False) == set() and model.SerializeToString() == before
+
+
+def test_a_parser_that_reads_some_of_opset_23_gets_a_graph_of_it():
+    """As that of TensorRT 10.14: Attention is read, RMSNormalization is not."""
+    attention = attention_of(HEADS)
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [WIDTH], np.ones(WIDTH))
+    attention.graph.initializer.append(weight)
+    attention.graph.node.append(helper.make_node("RMSNormalization", ["q", "w"], ["normed"], axis=-1))
+    assert write_out(attention, lambda name: name == "Attention") == {"RMSNormalization"}
+    assert attention.opset_import[0].version == 23
+    onnx.checker.check_model(attention, full_check=True)

@@ -107,7 +107,7 @@ def test_a_parser_without_the_update_gets_the_graph_as_it_is(tmp_path, ahead_of_
 
 
 def test_a_parser_of_older_operators_gets_them_written_out(tmp_path, ahead_of_time, monkeypatch):
-    """As TensorRT 10.3 is, which JetPack 6 has."""
+    """As that of TensorRT 10.3 in JetPack 6 would; this is TensorRT-RTX's, told not to."""
     newer = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter")
     monkeypatch.setattr(ahead_of_time.module.OnnxParser, "supports_operator", lambda parser, name: name not in newer)
     engine = build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")["sm86"]
