@@ -144,7 +144,7 @@ SHARED: dict[str, Callable] = {
         "--original/--no-original", default=None, help="Keep the original's graphs in the bundle.  [default: while under 2 GB]"
     ),
     "resume": click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped."),
-    "seed": click.option("--seed", type=int, default=0, show_default=True),
+    "seed": click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True),
     "threads": click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
     "max_drop": click.option("--max-drop", type=float, metavar="POINTS", help="Gate: exit 1 if accuracy falls by more."),
     "min_speedup": click.option("--min-speedup", type=float, metavar="X", help="Gate: exit 1 if end to end is not this much faster."),

@@ -23,7 +23,7 @@ import numpy as np
 
 from infoprune_export.errors import InputError
 from infoprune_export.recipe import Workload
-from infoprune_export.validation.generation import padding_id
+from infoprune_export.runtime.session import padding_id
 from infoprune_export.validation.records import PartLatency, Timing
 
 if TYPE_CHECKING:
