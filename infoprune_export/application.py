@@ -14,7 +14,7 @@ from infoprune_export.material import Options
 from infoprune_export.plans import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
-from infoprune_export.requirements import require_export
+from infoprune_export.requirements import require_export, require_graphs
 from infoprune_export.workspace import side_folder
 
 
@@ -50,7 +50,9 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
 
     Raises:
         InputError: no original in the bundle, no factors, another model's plan, or the output directory is in use.
+        MissingRequirement: onnx-graphsurgeon is not installed.
     """
+    require_graphs()
     from infoprune_export.engines.build import add_quantised
     from infoprune_export.graph.rewrite import rewrite_graphs
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from infoprune_export.data.vqa import PACKAGED
+from infoprune_export.data.vqa import PACKAGED, holds_split
 from infoprune_export.errors import InputError
 from infoprune_export.models.hub import is_hub_id
 from infoprune_export.recipe import DataSource, Recipe, first_problem, near, packaged, read
@@ -55,8 +55,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
     if given.get("targets"):
         changes["targets"] = list(dict.fromkeys(given["targets"]))
     if given.get("calibration"):
-        named = str(given["calibration"])
-        changes["calibration"] = [DataSource(path=named if named.startswith(PACKAGED) else str(Path(named).absolute()))]
+        changes["calibration"] = [_calibration(str(given["calibration"]))]
     if random:  # synthetic data stand in for all of the recipe's, and nothing can be learned from them
         changes |= {"calibration": [], "training": [], "validation": [], "evaluation": {}, "train_steps": 0, "max_drop": None}
     origin = recipe.origin
@@ -67,6 +66,12 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         raise InputError(first_problem(e)) from None
     recipe._origin = origin
     return recipe
+
+
+def _calibration(named: str) -> DataSource:
+    """Data by their path: of a directory, its training questions where it has such, for the others are to be evaluated on."""
+    path = named if named.startswith(PACKAGED) else str(Path(named).absolute())
+    return DataSource(path=path, split="train" if holds_split(path, "train") else None)
 
 
 def _check_random(given: dict[str, Any]) -> None:

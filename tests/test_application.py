@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infoprune_export import application
-from infoprune_export.errors import InputError
+from infoprune_export import application, requirements
+from infoprune_export.errors import InputError, MissingRequirement
 from infoprune_export.job import Job
 from infoprune_export.material import Options
 from infoprune_export.resolution import resolve
@@ -51,3 +51,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(bundle, mon
     monkeypatch.setattr(application.Bundle, "open", lambda path: pytest.fail("work was begun"))
     with pytest.raises(InputError, match="cannot be written"):
         application.to_graphs(bundle / "plan.json", bundle, Path("/proc/out"))
+
+
+def test_without_graph_surgery_it_says_what_to_install(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(MissingRequirement, match=r"rewriting graphs needs onnx_graphsurgeon\npip install"):
+        application.to_graphs(bundle / "plan.json", bundle, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
