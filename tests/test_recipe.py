@@ -46,6 +46,7 @@ def test_defaults(tmp_path):
             "line 2: criterion: a floor on a tower's total needs",
         ),
         ("model: m\ncriterion: {floors: {vision: {total: 0.5}}}\nrecovery: {head_share: 0.3}\n", "line 1: criterion.floors with a total"),
+        ("model: m\ntargets: []\n", "line 2: targets: "),
         ("model: [\n", "line 2: not valid YAML"),
         ("- a\n", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
