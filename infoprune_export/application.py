@@ -14,8 +14,8 @@ from infoprune_export.material import Options
 from infoprune_export.plans import read_factors
 from infoprune_export.progress import Progress
 from infoprune_export.recipe import Recipe
-from infoprune_export.requirements import require_export
-from infoprune_export.workspace import beside
+from infoprune_export.requirements import require_export, require_graphs
+from infoprune_export.workspace import side_folder
 
 
 def to_model(recipe: Recipe, options: Options, progress: Progress | None = None) -> None:
@@ -50,7 +50,9 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
 
     Raises:
         InputError: no original in the bundle, no factors, another model's plan, or the output directory is in use.
+        MissingRequirement: onnx-graphsurgeon is not installed.
     """
+    require_graphs()
     from infoprune_export.engines.build import add_quantised
     from infoprune_export.graph.rewrite import rewrite_graphs
 
@@ -63,13 +65,14 @@ def to_graphs(plan_file: Path, bundle_dir: Path, out: Path) -> None:
         plan = read_plan_for(plan_file, bundle.manifest.source.sha256)
         if plan.factors_sha256 is None:
             raise InputError("has no factors", where=plan_file, mend="apply it to the model, which makes them from calibration data")
-        factors = read_factors(plan_file.with_name("factors.safetensors"), plan.factors_sha256)
+        factors_file = plan_file.with_name("factors.safetensors")
+        factors = read_factors(factors_file, plan.factors_sha256)
         for dtype in bundle.manifest.dtypes:
             rewrite_graphs(bundle.root(original=True) / "onnx", plan, factors, part / "onnx", dtype)
         if bundle.manifest.weights:
             add_quantised(part / "onnx", bundle.manifest.dtypes, bundle.manifest.weights.type)
-        for name in ("plan.json", "factors.safetensors"):
-            shutil.copyfile(plan_file.with_name(name), part / name)
+        shutil.copyfile(plan_file, part / "plan.json")
+        shutil.copyfile(factors_file, part / factors_file.name)
 
 
 @contextmanager
@@ -77,16 +80,16 @@ def _in_place_when_whole(out: Path) -> Iterator[Path]:
     """A folder beside an output that takes its place at the end, or goes if anything fails.
 
     Raises:
-        InputError: the output directory is in use.
+        InputError: the output directory is in use, or cannot be written.
     """
+    out = out.resolve()  # a link stays one, and what it points to gets the contents
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("exists and is not empty", where=out, mend="choose another --out")
-    part = beside(out, "part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        yield part
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with side_folder(out, "part", resume=False) as part:
+        try:
+            yield part
+            if out.exists():
+                out.rmdir()
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)

@@ -23,6 +23,8 @@ VISION, EMBED, DECODER = COMPONENTS = ("vision_encoder", "embed_tokens", "decode
 MANIFEST = "manifest.json"
 UNHASHED = (MANIFEST, "report.json", "report.html")
 """Files that `validate` rewrites, or that hold the hashes themselves."""
+PART = ".part"
+"""Ends the name of a file that is being written."""
 
 
 class _Strict(BaseModel):
@@ -161,7 +163,11 @@ class Bundle:
             file = inside(path, name, manifest_path)
             if not file.is_file():
                 raise InputError(f"{name} is missing", where=path, mend="fetch or make the bundle again")
-            if verify and (file.stat().st_size != record.bytes or file_sha256(file) != record.sha256):
+            try:
+                changed = verify and (file.stat().st_size != record.bytes or file_sha256(file) != record.sha256)
+            except OSError as e:
+                raise InputError(f"{name} cannot be read ({e.strerror})", where=path) from None
+            if changed:
                 raise InputError(
                     f"{name} is not the file that was written (sha256 differs)", where=path, mend="fetch or make the bundle again"
                 )
@@ -198,16 +204,20 @@ class Bundle:
 
 
 def hash_tree(root: Path) -> dict[str, FileRecord]:
-    """Path to record of every file below `root` but the unhashed ones, sorted."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.relative_to(root).as_posix() not in UNHASHED)
-    return {p.relative_to(root).as_posix(): FileRecord(sha256=file_sha256(p), bytes=p.stat().st_size) for p in files}
+    """Path to record of every file below `root` but the unhashed ones and those that are nobody's part of a bundle, sorted."""
+    files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
+    kept = {name: p for name, p in files.items() if name not in UNHASHED and not p.name.startswith(".") and p.suffix != PART}
+    return {name: FileRecord(sha256=file_sha256(p), bytes=p.stat().st_size) for name, p in kept.items()}
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file so that a reader sees the old or the new one, never half."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(path.name + PART)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ class Ledger:
             parts: Seconds of compressing by what they went into.
         """
         self._stop()
-        measured = (self._memory, self._disk, self._seconds) if self._whole else (None, None, None)
+        measured = (self._memory or None, self._disk, self._seconds) if self._whole else (None, None, None)
         predicted = (self.needs.memory, self.needs.disk, self.needs.seconds)
         memory, disk, seconds = (Estimate(predicted=p, measured=m) for p, m in zip(predicted, measured, strict=True))
         rest = self._seconds - sum(parts.values())
@@ -99,7 +99,7 @@ class Ledger:
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file lies behind; 0 where the system does not tell."""
+    """Memory of this process that no file lies behind; 0 where the system does not tell (only Linux does)."""
     for line in read_small(Path("/proc/self/status")).splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

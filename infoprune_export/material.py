@@ -38,6 +38,9 @@ SYNTHETIC_ANSWER = 4
 class Options:
     """What a run takes beside the recipe.
 
+    Raises:
+        InputError: a seed below 0.
+
     Attributes:
         out: The bundle's directory.
         plan: File of a plan to apply instead of deciding one, its factors beside it.
@@ -63,6 +66,10 @@ class Options:
     device: str | None = None
     random_weights: bool = False
     spill: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} is below 0", mend="give a whole number from 0 on")
 
 
 class Material:

@@ -61,7 +61,9 @@ class Terminal:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
+        from rich.markup import escape
+
+        start, name = time.monotonic(), escape(name)
         if self.console.is_terminal:
             with self.console.status(name):
                 yield
@@ -71,6 +73,7 @@ class Terminal:
 
     @contextmanager
     def bar(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        from rich.markup import escape
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -82,7 +85,7 @@ class Terminal:
             TextColumn("[dim]{task.fields[figures]}"),
         )
         with RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
-            task = bars.add_task(name, total=total, figures="")
+            task = bars.add_task(escape(name), total=total, figures="")
             lines = _Lines(self.console, name)
             last, done = "", 0
 
@@ -103,7 +106,7 @@ class Terminal:
             if done >= total:
                 under_way.pop(what).end(total)
             elif self.console.is_terminal:
-                self.console.print(f"  {what} {done}/{total}", end="\r")
+                self.console.print(f"  {what} {done}/{total}", end="\r", markup=False)
             lines.on_the_way(done, total)
 
         return told
@@ -116,7 +119,9 @@ class _Lines:
     """What is said of one piece of work in lines: that it is done, and where there is no terminal, once a minute how far it is."""
 
     def __init__(self, console: Console, name: str):
-        self.console, self.name = console, name
+        from rich.markup import escape
+
+        self.console, self.name = console, escape(name)
         self.start = self.told = time.monotonic()
 
     def on_the_way(self, done: int, total: int, figures: str = "") -> None:

@@ -168,7 +168,7 @@ class Recipe(_Strict):
     flops: float = Field(1.0, gt=0, le=1, description="fraction of the FLOPs kept")
     latency: float | None = Field(None, gt=0, lt=1, description="instead of flops: fraction kept of a request's time on this machine")
     scope: Scope = "all"
-    targets: list[TargetName] = ["ort"]
+    targets: list[TargetName] = Field(["ort"], min_length=1)
     dtype: Dtype | None = None
     weights: WeightType | None = Field(None, description="also quantise the compressed network's matrices, block by block")
     criterion: Criterion = Criterion()

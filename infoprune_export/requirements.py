@@ -24,6 +24,11 @@ def require(who: str, packages: Iterable[str], extra: str) -> None:
             raise MissingRequirement(f"{who} {package}", mend=f'pip install "infoprune-export[{extra}]"')
 
 
+def require_graphs() -> None:
+    """Makes sure of what rewrites graphs, without PyTorch; see `require`."""
+    require("rewriting graphs needs", ("onnx_graphsurgeon", "onnx_ir"), "export")
+
+
 def require_export() -> None:
     """Makes sure of PyTorch and its friends; see `require`."""
     require("compressing and exporting need", ("torch", "transformers", "onnxscript", "onnx_graphsurgeon", "scipy"), "export")

@@ -8,7 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from infoprune_export.data.vqa import PACKAGED, holds_split
 from infoprune_export.errors import InputError
+from infoprune_export.models.hub import is_hub_id
 from infoprune_export.recipe import DataSource, Recipe, first_problem, near, packaged, read
 
 
@@ -33,10 +35,10 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         recipe = read(names[model])
     elif path.suffix in (".yaml", ".yml"):
         recipe = read(path)
-    elif path.is_dir() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
+    elif path.is_dir() or is_hub_id(model):
         if not random and given.get("calibration") is None and (given.get("latency") or given.get("flops") or 1) != 1:
             warn("no calibration data named: using the small packaged set; data like your own is better (--calibration)")
-        tiny = [DataSource(path=f"tiny:{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
+        tiny = [DataSource(path=f"{PACKAGED}{name}", split="train") for name in ("vqa", "textvqa", "gqa")]
         local = path.is_dir()
         recipe = Recipe(
             name=path.resolve().name if local else model.split("/")[1], model=str(path.resolve()) if local else model, calibration=tiny
@@ -53,7 +55,7 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
     if given.get("targets"):
         changes["targets"] = list(dict.fromkeys(given["targets"]))
     if given.get("calibration"):
-        changes["calibration"] = [DataSource(path=str(given["calibration"].absolute()))]
+        changes["calibration"] = [_calibration(str(given["calibration"]))]
     if random:  # synthetic data stand in for all of the recipe's, and nothing can be learned from them
         changes |= {"calibration": [], "training": [], "validation": [], "evaluation": {}, "train_steps": 0, "max_drop": None}
     origin = recipe.origin
@@ -64,6 +66,12 @@ def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lam
         raise InputError(first_problem(e)) from None
     recipe._origin = origin
     return recipe
+
+
+def _calibration(named: str) -> DataSource:
+    """Data by their path: of a directory, its training questions where it has such, for the others are to be evaluated on."""
+    path = named if named.startswith(PACKAGED) else str(Path(named).absolute())
+    return DataSource(path=path, split="train" if holds_split(path, "train") else None)
 
 
 def _check_random(given: dict[str, Any]) -> None:

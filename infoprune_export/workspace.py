@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ class Workspace:
 
     def __init__(self, out: Path, key: str, resume: bool = True, also: Sequence[Path] = ()):
         check_output(out)
-        self.out = out.absolute()
+        out = self.out = out.resolve()  # a link stays one, and what it points to is replaced
         self.key, self.resume, self.also = key, resume, also
         self.folder = beside(out, f"work-{key[:16]}")
         self.path, self.scratch, self._stages = (self.folder / name for name in ("bundle", "scratch", "stages"))
@@ -98,14 +99,19 @@ class Workspace:
         marker.touch()
         return True
 
-    def finish(self) -> None:
-        """Puts the bundle in place and removes what this and other runs left."""
+    def finish(self, alone: bool = False) -> None:
+        """Puts the bundle in place and removes what this run left, and what others left that made a bundle of other inputs.
+
+        Args:
+            alone: Leave that of others: they may go on.
+        """
         _sync_tree(self.path)
         if self.out.exists():
             self.out.rename(self._old)
         self.path.rename(self.out)
         shutil.rmtree(self._old, ignore_errors=True)
-        for left in self.out.parent.glob(f".{self.out.name}.work-*"):
+        others = () if alone else self.out.parent.glob(f"{glob.escape(beside(self.out, 'work-').name)}*")
+        for left in (self.folder, *others):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from infoprune_export.bundle import Bundle, graph_file, hash_tree, inside
+from infoprune_export import bundle
+from infoprune_export.bundle import Bundle, graph_file, hash_tree, inside, write_atomically
 from infoprune_export.errors import InputError
 
 
@@ -37,3 +38,18 @@ def test_hashes_cover_everything_but_what_is_rewritten(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert list(hash_tree(tmp_path)) == ["a", "d/b"]
+
+
+def test_what_others_put_there_is_no_part_of_a_bundle(tmp_path):
+    for name in ("a", ".DS_Store", "manifest.json.part", "d/.a.swp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert list(hash_tree(tmp_path)) == ["a"]
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", "old")
+    monkeypatch.setattr(bundle.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "a", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]

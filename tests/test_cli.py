@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,7 @@ def test_dry_run_writes_nothing(run, small_model, tmp_path):
         (["export", "tiny-llava"], "error: interrupted; the same command goes on from here\n"),
         (["plan", "tiny-llava"], "error: interrupted; the same command goes on from here\n"),
         (["tiny-llava", "--dry-run"], "error: interrupted\n"),
+        (["tiny-llava", "--no-resume"], "error: interrupted\n"),
         (["bench", "build/x"], "error: interrupted\n"),
     ],
 )
@@ -184,3 +187,25 @@ def test_a_full_disk_is_told_by_every_verb(error, said, monkeypatch, capsys):
         entry.main(["build", "x", "-v"])
     assert ended.value.code == 4
     assert capsys.readouterr().err == f"error: {said}, or a file may not grow further\nmake space and run the same command again\n"
+
+
+def test_a_reader_that_is_gone_is_no_failed_gate():
+    command = f"{sys.executable} -m infoprune_export recipes --json | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_seed_below_zero(run, small_model, tmp_path):
+    assert "--seed" in run(small_model, "--seed", "-1", "--out", tmp_path / "out", code=2).stderr
+
+
+def test_calibration_on_a_packaged_set(run, small_model, tmp_path):
+    asked = ("--flops", "0.7", "--samples", "4", "--calibration", "tiny:vqa")
+    plan = json.loads(run(small_model, *asked, "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert plan["budget"]["predicted"] <= 0.7

@@ -48,6 +48,17 @@ def test_what_is_counted_has_a_line_a_minute_too(clock, capsys, monkeypatch):
     ]
 
 
+def test_names_are_shown_as_they_are(clock, capsys):
+    """A task may be called what a terminal's library takes for markup."""
+    terminal, name = Terminal(), "vqa[val] [/x]"
+    with terminal.step(name):
+        pass
+    with terminal.bar(name, 1) as advance:
+        advance(1)
+    terminal.counter()(name, 1, 1)
+    assert [name in line for line in capsys.readouterr().err.splitlines()] == [True] * 3
+
+
 def test_quick_work_is_told_once(clock, capsys):
     with Terminal().bar("factors", 4) as advance:
         advance(4)

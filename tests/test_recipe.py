@@ -1,9 +1,12 @@
 """Recipes: what is accepted, and errors that name file, line and field."""
 
+from pathlib import Path
+
 import pytest
 
 from infoprune_export.errors import InputError
-from infoprune_export.recipe import Workload, packaged, read
+from infoprune_export.recipe import DataSource, Workload, packaged, read
+from infoprune_export.resolution import resolve
 
 
 def _write(tmp_path, text):
@@ -43,6 +46,7 @@ def test_defaults(tmp_path):
             "line 2: criterion: a floor on a tower's total needs",
         ),
         ("model: m\ncriterion: {floors: {vision: {total: 0.5}}}\nrecovery: {head_share: 0.3}\n", "line 1: criterion.floors with a total"),
+        ("model: m\ntargets: []\n", "line 2: targets: "),
         ("model: [\n", "line 2: not valid YAML"),
         ("- a\n", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
@@ -64,3 +68,14 @@ def test_binary_file_is_refused(tmp_path):
 
 def test_workload_counts_its_prompt():
     assert Workload(images=2, image_tokens=10, text_tokens=5).prompt_tokens == 25
+
+
+def test_calibration_by_path_takes_training_questions_where_there_are_such(tmp_path):
+    """The others are to be evaluated on."""
+    assert resolve("tiny-llava", {"calibration": Path("tiny:vqa")}).calibration == [DataSource(path="tiny:vqa", split="train")]
+    file = tmp_path / "TextVQA_0.5.1_val.json"
+    file.write_text("{}")
+    for given in (file, tmp_path):
+        assert resolve("tiny-llava", {"calibration": given}).calibration == [DataSource(path=str(given))]
+    (tmp_path / "TextVQA_0.5.1_train.json").write_text("{}")
+    assert resolve("tiny-llava", {"calibration": tmp_path}).calibration == [DataSource(path=str(tmp_path), split="train")]

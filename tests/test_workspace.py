@@ -198,3 +198,28 @@ def test_the_path_that_is_full_is_named(tmp_path, monkeypatch):
         with pytest.raises(NotEnough) as e, Workspace(tmp_path / "out", "k", also=[tmp_path / "small" / "spill"]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), named)
         assert str(e.value).startswith(f"{where}: the disk is full")
+
+
+def test_a_link_stays_one_and_what_it_points_to_is_replaced(tmp_path):
+    disk, out = tmp_path / "disk" / "llava", tmp_path / "build" / "llava"
+    disk.mkdir(parents=True)
+    out.parent.mkdir()
+    out.symlink_to(disk)
+    for text in ("old", "new", "newer"):
+        _finish(out, text=text)
+        assert out.is_symlink() and (disk / "manifest.json").read_text() == text
+    assert [p.name for p in disk.parent.iterdir()] == ["llava"]
+
+
+def test_what_others_left_goes_with_a_bundle_and_stays_with_a_change_of_it(tmp_path):
+    """The work of a killed export over an old bundle, to which engines are added meanwhile."""
+    out = tmp_path / "llava[1]"
+    with pytest.raises(KeyboardInterrupt), Workspace(out, "export") as space:
+        space.stage("compress", lambda: None)
+        raise KeyboardInterrupt
+    with Workspace(out, "build", resume=False) as space:
+        (space.path / "manifest.json").write_text("{}")
+        space.finish(alone=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".llava[1].work-export", "llava[1]"]
+    _finish(out, key="other")
+    assert [p.name for p in tmp_path.iterdir()] == ["llava[1]"]

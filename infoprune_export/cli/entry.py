@@ -42,8 +42,6 @@ def main(args: list[str] | None = None) -> None:
         _fail(e.format_message(), 2, verbosity)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted" + "; the same command goes on from here" * _resumes(args), 130, 0)
-    except BrokenPipeError:
-        sys.exit(0)
     except MemoryError:
         _fail("out of memory\nuse a machine with more memory, or fewer --samples", 4, verbosity)
     except Exception as e:
@@ -63,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
 def _resumes(args: list[str]) -> bool:
     """Whether a command goes on where it was interrupted; `export` may be left out."""
     verb = args[0] if args and args[0] in cli.commands else "export"
-    return verb in ("export", "plan") and "--dry-run" not in args
+    return verb in ("export", "plan") and not {"--dry-run", "--no-resume"}.intersection(args)
 
 
 def _fail(message: str, code: int, verbosity: int) -> None:

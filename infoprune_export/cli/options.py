@@ -100,14 +100,20 @@ SHARED: dict[str, Callable] = {
         "--scope", type=click.Choice(["all", "vision", "language"]), help="What the fraction is of, and what may be cut.  [default: all]"
     ),
     "dtype": click.option(
-        "--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Type of the graphs.  [default: fp32 for ort on CPU, fp16 for trt]"
+        "--dtype",
+        type=click.Choice(["fp32", "fp16", "bf16"]),
+        help="Type of the graphs.  [default: the recipe's, else fp16 for trt and fp32 for others]",
     ),
     "weights": click.option(
         "--weights",
         type=click.Choice(["int8", "int4"]),
         help="Also quantise the compressed network's matrices, block by block, beside its float graphs.  [default: the recipe's, else off]",
     ),
-    "out": click.option("--out", type=click.Path(path_type=Path), help="Output directory.  [default: build/<name>]"),
+    "out": click.option(
+        "--out",
+        type=click.Path(path_type=Path),
+        help="Output directory.  [default: build/<name>, of plan and apply with .plan and .applied]",
+    ),
     "gpu_arch": click.option(
         "--gpu-arch",
         "archs",
@@ -116,7 +122,9 @@ SHARED: dict[str, Callable] = {
         help="Architectures for TensorRT, one engine file each.  [default: the GPUs present, else sm80,sm86,sm89,sm120]",
     ),
     "calibration": click.option(
-        "--calibration", type=click.Path(path_type=Path), help="Directory or file in an official format (VQAv2, TextVQA, GQA)."
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help="Directory (its training questions first) or file in an official format (VQAv2, TextVQA, GQA), or tiny:NAME.",
     ),
     "samples": click.option("--samples", type=click.IntRange(min=1), help="Calibration questions.  [default: the recipe's, else 64]"),
     "train_steps": click.option(
@@ -144,11 +152,11 @@ SHARED: dict[str, Callable] = {
         "--original/--no-original", default=None, help="Keep the original's graphs in the bundle.  [default: while under 2 GB]"
     ),
     "resume": click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped."),
-    "seed": click.option("--seed", type=int, default=0, show_default=True),
+    "seed": click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws questions and labels."),
     "threads": click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
     "max_drop": click.option("--max-drop", type=float, metavar="POINTS", help="Gate: exit 1 if accuracy falls by more."),
     "min_speedup": click.option("--min-speedup", type=float, metavar="X", help="Gate: exit 1 if end to end is not this much faster."),
-    "engine": click.option("--engine", type=TARGETS, help="Which engine to use.  [default: ort, else onnx]"),
+    "engine": click.option("--engine", type=TARGETS, help="Which engine to use.  [default: ort, else onnx; bench: all that run]"),
     "json": click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, progress as JSON lines on stderr."),
     "verbose": click.option("-v", "--verbose", count=True, help="Show warnings of libraries; -vv shows tracebacks."),
     "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from infoprune_export import __version__
 from infoprune_export.cli.options import Cpus, PlanFile, options
 from infoprune_export.cli.showing import print_json, say, show, show_figures, show_plan, show_report
 
+READER_GONE = 128 + 13
+"""What a shell tells of a command that SIGPIPE ended: `infoprune-export recipes | head -1`."""
+
 
 class _Verbs(click.Group):
     """A group whose verb `export` may be left out."""
@@ -19,6 +24,13 @@ class _Verbs(click.Group):
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             args = ["export", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would end with 1, which is a gate's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor may Python complain when it flushes
+            sys.exit(READER_GONE)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

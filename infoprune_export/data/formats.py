@@ -161,10 +161,10 @@ def _vqav2_answers(questions: Path) -> dict[int, tuple[str, ...]] | None:
 def _textvqa(path: Path, data: list[Any]) -> QuestionFile:
     records = []
     for where, record in _numbered(path, data):
+        image = _image_name(record, "image_id", where)  # first, for it refuses what is no record
         answers = _ten(_get(record, "answers", list, where), where) if "answers" in record else ()
         if not answers and record.get("set_name") != "test":
             raise InputError("field 'answers' is missing", where=where)
-        image = _image_name(record, "image_id", where)
         records.append(
             Record(str(_get(record, "question_id", (int, str), where)), _get(record, "question", str, where), answers, image, where)
         )

@@ -7,8 +7,10 @@ opens one: turned as its EXIF tag says, transparency laid on white.
 from __future__ import annotations
 
 import io
+import lzma
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -103,6 +105,10 @@ def _archive(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
     return archive, {PurePosixPath(name).name: name for name in names}
 
 
+_DAMAGE = (KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged member, or one packed in an unknown way, raises."""
+
+
 def _read_member(path: Path, member: str) -> bytes:
     where = f"{path}:{member}"
     archive, _ = _archive(path)
@@ -111,7 +117,7 @@ def _read_member(path: Path, member: str) -> bytes:
         if size > MAX_BYTES:
             raise _too_large(where, f"{size >> 20} MiB")
         content = archive.read(member)
-    except (KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError) as e:
+    except _DAMAGE as e:
         raise InputError(f"cannot be read ({_reason(e)})", where=where) from None
     if not content:
         raise InputError("is empty (zero bytes)", where=where)

@@ -88,6 +88,20 @@ def load_questions(path: Path | str, split: str | None = None, samples: int | No
     return QuestionSet(content.format, file.name, questions)
 
 
+def holds_split(path: Path | str, split: str) -> bool:
+    """Whether a path is a directory, or a packaged set, with questions of a split; whatever is wrong with it, loading will say.
+
+    Args:
+        path: See `load_questions`.
+        split: Likewise.
+    """
+    try:
+        directory = _packaged(str(path)) if str(path).startswith(PACKAGED) else Path(path)
+        return directory.is_dir() and bool(_find_file(directory, split))
+    except InputError:
+        return False
+
+
 def fingerprint(path: Path | str, split: str | None = None) -> str:
     """Names what a data source holds: questions and answers word by word, images (or their archives) by size and date of change.
 

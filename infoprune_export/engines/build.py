@@ -129,7 +129,7 @@ def build_bundle(
             build_into(space.path / "original", target, manifest.workload, dtype, archs, progress)
         manifest.targets = list(dict.fromkeys([*manifest.targets, target]))
         Bundle(space.path, manifest).write_manifest()
-        space.finish()
+        space.finish(alone=True)
     return [path / file.relative_to(space.path) for file in built]
 
 

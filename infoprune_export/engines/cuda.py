@@ -10,15 +10,19 @@ import contextlib
 import ctypes
 import functools
 import sys
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint64, c_void_p
+from collections.abc import Callable
+from ctypes import byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
 
+from infoprune_export.engines.collector import uncollected
 from infoprune_export.errors import InfoPruneError, MissingRequirement, NotEnough
 
 OUT_OF_MEMORY = 2
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: the default stream, which other libraries use, goes on while this one is recorded
+THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: so do other threads
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,32 @@ def gpus() -> list[Gpu]:
     return found.gpus() if found else []
 
 
+class Graph:
+    """Work of a stream that was recorded, to be started as one: the device waits for the host once, not for every kernel."""
+
+    def __init__(self, cuda: Driver, recorded: c_void_p):
+        self._cuda, self._exec = cuda, c_void_p()
+        try:
+            cuda.call("cuGraphInstantiateWithFlags", byref(self._exec), recorded, c_uint64(0))
+        finally:
+            cuda.call("cuGraphDestroy", recorded)
+
+    def launch(self, stream: Stream) -> None:
+        """Queues all of it again, on the addresses and shapes that it was recorded with."""
+        self._cuda.call("cuGraphLaunch", self._exec, c_void_p(stream.handle))
+
+    def __del__(self) -> None:
+        if self._exec:
+            with contextlib.suppress(InfoPruneError):
+                self._cuda.call("cuGraphExecDestroy", self._exec)
+
+
 class Stream:
     """An ordered queue of work on the device."""
 
     def __init__(self, cuda: Driver):
         self._cuda, self._handle = cuda, c_void_p()
-        cuda.call("cuStreamCreate", byref(self._handle), 0)
+        cuda.call("cuStreamCreate", byref(self._handle), NON_BLOCKING)
 
     @property
     def handle(self) -> int:
@@ -128,6 +152,27 @@ class Stream:
     def wait(self) -> None:
         """Returns when all work queued so far is done."""
         self._cuda.call("cuStreamSynchronize", self._handle)
+
+    def record(self, work: Callable[[], bool]) -> Graph | None:
+        """What `work` would have queued, which it does not; None where it cannot be recorded.
+
+        Args:
+            work: Queues work here, and says whether it could.
+        """
+        recorded = c_void_p()
+        try:
+            with uncollected():
+                self._cuda.call("cuStreamBeginCapture_v2", self._handle, THREAD_LOCAL)
+                try:
+                    done = work()
+                finally:
+                    self._cuda.call("cuStreamEndCapture", self._handle, byref(recorded))
+            if done:
+                return Graph(self._cuda, recorded)
+            self._cuda.call("cuGraphDestroy", recorded)
+        except InfoPruneError:
+            pass
+        return None
 
 
 class Buffer:
@@ -148,6 +193,10 @@ class Buffer:
             address = c_uint64()
             self._cuda.call("cuMemAlloc_v2", byref(address), c_size_t(size))
             self._size, self.address = size, address.value
+
+    def clear(self, stream: Stream) -> None:
+        """Queues zeros for all of it."""
+        self._cuda.call("cuMemsetD8Async", c_uint64(self.address), c_ubyte(0), c_size_t(self._size), c_void_p(stream.handle))
 
     def upload(self, array: np.ndarray, stream: Stream) -> None:
         """Queues a copy of a contiguous array to the device; it must live until `stream.wait()`."""

@@ -6,17 +6,17 @@ directory. See flavours.py for where this runs, and tensorrt_run.py for running 
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
 
 from infoprune_export.engines.cache_update import update_in_place
+from infoprune_export.engines.collector import uncollected
 from infoprune_export.engines.flavours import Flavour, check_archs, flavour_for, unsupported
 from infoprune_export.engines.graphs import read_graph, weight_bytes
+from infoprune_export.engines.primitives import write_out
 from infoprune_export.engines.profiles import Profile, Shape, spanning
 from infoprune_export.engines.whole_blocks import make_whole
 from infoprune_export.errors import InfoPruneError, InputError, NotEnough
@@ -72,22 +72,6 @@ def build(
         return {arch: network.build(arch, profiles, out_dir / arch / f"{name or graph.stem}.engine") for arch in archs}
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Holds Python's garbage collector while TensorRT works.
-
-    TensorRT calls its logger, which is Python's, with a lock of its own held. A collection that begins there may free an older
-    builder, whose destructor waits for that lock for ever.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 class _Network:
     """A parsed graph, to be built for one architecture after the other."""
 
@@ -98,6 +82,8 @@ class _Network:
         self._builder = trt.Builder(self._logger)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self._network, self._logger)
+        if written := write_out(model, parser.supports_operator):
+            self._logger.log(trt.ILogger.Severity.INFO, f"written out, for this parser does not read them: {', '.join(sorted(written))}")
         allow_decomposed_attention(model)
         updated = parser.supports_operator("TensorScatter") and update_in_place(model, capacity)
         self._capacity = capacity if updated else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,18 @@ from infoprune_export.engines import cuda
 from infoprune_export.engines.base import CacheBuffers, Engine, TensorSpec
 from infoprune_export.engines.cache_update import TOKENS
 from infoprune_export.engines.flavours import EXTRAS, Flavour, installed
+from infoprune_export.engines.kernel_cache import KernelCache
+from infoprune_export.engines.profiles import CAPACITY_STEP
 from infoprune_export.errors import InputError, MissingRequirement
+
+RECORDED_AT = 2
+"""Times that a run has been repeated when it is recorded; recording has its price, and many answers are short."""
+FAILURES = 3
+"""Recordings after which no more are tried."""
+KEPT_AFTER = 100
+"""Runs after which kernels are kept, for a service that is killed never ends."""
+MASK_STEP = CAPACITY_STEP
+"""Tokens that a mask grows by."""
 
 
 def find_engine(engines: Path, component: str) -> Path:
@@ -105,7 +117,9 @@ class TensorRTEngine(Engine):
                 mend="build it here: infoprune-export build DIR --target trt",
             )
         self._driver = driver
-        self._context = self._engine.create_execution_context()
+        # TensorRT-RTX compiles kernels, and keeps graphs of its own, for it knows when they are compiled.
+        self._kernels = None if flavour.times_kernels else KernelCache(self._engine, data, flavour.version, driver)
+        self._context = self._new_context(trt)
         if self._context is None:
             raise cuda.no_memory(path)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -117,6 +131,14 @@ class TensorRTEngine(Engine):
         self._buffers = {name: cuda.Buffer(driver) for name in names}
         self._spare: dict[str, list[cuda.Buffer]] = {name: [] for name in names}
         self._profile: int | None = None
+        self._runs, self._failures = 0, 0
+        self._last: tuple = ()
+        self._repeated, self._graph = 0, None
+        if self._kernels:
+            weakref.finalize(self, self._kernels.keep)
+
+    def __del__(self) -> None:
+        self._graph = self._context = None  # before the kernels, which they have only borrowed
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Runs the component once; see `Engine.run`.
@@ -135,7 +157,7 @@ class TensorRTEngine(Engine):
         return TensorRTCacheBuffers(self, batch) if self.updated else None
 
     def hold(self, names: Collection[str], batch: int) -> dict[str, DeviceArray]:
-        """Memory for inputs of a fixed shape, of so many rows.
+        """Memory for inputs of a fixed shape, of so many rows, zeros at first.
 
         Raises:
             InputError: more rows than the engine was built for.
@@ -143,7 +165,10 @@ class TensorRTEngine(Engine):
         specs = [spec for spec in self.inputs if spec.name in names]
         shapes = {spec.name: (batch, *spec.shape[1:]) for spec in specs}
         self._profile_for(shapes)
-        return {spec.name: self._array(spec, shapes[spec.name]) for spec in specs}
+        held = {spec.name: self._array(spec, shapes[spec.name]) for spec in specs}
+        for array in held.values():
+            array.buffer.clear(self._stream)
+        return held
 
     def _array(self, spec: TensorSpec, shape: tuple[int, ...]) -> DeviceArray:
         spare = self._spare[spec.name]
@@ -175,14 +200,45 @@ class TensorRTEngine(Engine):
                 places[spec.name].reserve(math.prod(shapes[spec.name]) * spec.dtype.itemsize)
         for name, buffer in places.items():
             self._context.set_tensor_address(name, buffer.address)
-        if not self._context.execute_async_v3(self._stream.handle):
-            raise InputError("TensorRT could not run it; its message is above", where=self._path)
+        state = self._profile, [a.shape for a in arrays.values()], [b.address for b in places.values()]
+        self._execute(state, prompt="inputs_embeds" in arrays and arrays["inputs_embeds"].shape[1] > 1)
         asked = [spec for spec in self.outputs if spec.name in wanted and spec.name not in stayed]
         fetched = {spec.name: np.empty(shapes[spec.name], spec.dtype) for spec in asked}
         for name, array in fetched.items():
             places[name].download(array, self._stream)
         self._stream.wait()
         return {name: stayed[name] if name in stayed else fetched[name] for name in wanted}
+
+    def _new_context(self, trt: Any) -> Any:
+        """What the engine runs in; None where the device has no memory for it."""
+        if self._kernels is None:
+            return self._engine.create_execution_context()
+        self._kernels.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(runtime_config=self._kernels.config)
+
+    def _execute(self, state: tuple, prompt: bool) -> None:
+        """Queues a run; as one CUDA graph where it repeats the one before, as the steps of an answer and images do.
+
+        Args:
+            state: Profile, shapes and addresses.
+            prompt: Steps follow, after which a graph of it were of no use.
+        """
+        self._repeated = self._repeated + 1 if state == self._last else 0
+        if not self._repeated:
+            self._last, self._graph = state, None
+        if self._repeated == RECORDED_AT and not prompt and not self._kernels and self._failures < FAILURES:
+            self._graph = self._stream.record(self._queue)
+            self._failures += self._graph is None
+        if self._graph:
+            self._graph.launch(self._stream)
+        elif not self._queue():
+            raise InputError("TensorRT could not run it; its message is above", where=self._path)
+        self._runs += 1
+        if self._kernels and self._runs == KEPT_AFTER:
+            self._kernels.keep()
+
+    def _queue(self) -> bool:
+        return self._context.execute_async_v3(self._stream.handle)
 
     def _on_device(self, name: str, array: np.ndarray | DeviceArray) -> cuda.Buffer:
         if isinstance(array, DeviceArray):
@@ -237,7 +293,10 @@ class TensorRTCacheBuffers(CacheBuffers):
         super().__init__(next(iter(self._arrays.values())).shape[TOKENS])
 
     def _run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self._engine.run({**feeds, **self._arrays}, ["logits"])["logits"]
+        mask = feeds["attention_mask"]
+        room = min(-mask.shape[1] % MASK_STEP, self.capacity - mask.shape[1])
+        mask = np.pad(mask, ((0, 0), (0, room)))  # else every step had shapes of its own
+        return self._engine.run({**feeds, "attention_mask": mask, **self._arrays}, ["logits"])["logits"]
 
     def _copy(self, tokens: int, capacity: int) -> None:
         return None

@@ -35,10 +35,12 @@ def fetch(repo: str, revision: str | None = None, files: Sequence[str] = MODEL_F
         NotEnough: the disk is full.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
+    except HFValidationError:
+        raise InputError("is no name of a repository", where=repo, mend="write it as on the hub: org/name") from None
     except GatedRepoError:
         raise InputError("is gated on the hub", where=repo, mend="ask for access on its page, then set HF_TOKEN") from None
     except RevisionNotFoundError:

@@ -209,7 +209,7 @@ class Session:
                 for an answer that outgrows the capacity which the engine was built for.
         """
         ends = self.config.eos_ids if eos_ids is None else tuple(eos_ids)
-        ids, mask = left_pad(input_ids, 1 if self.config.image_token_id == 0 else 0)
+        ids, mask = left_pad(input_ids, padding_id(self.config.image_token_id))
         self.config.check_length(ids.shape[1])
         if self.config.max_positions is not None:
             max_new_tokens = min(max_new_tokens, self.config.max_positions - ids.shape[1] + 1)  # the last is never read
@@ -231,6 +231,11 @@ class Session:
         yield tokens
 
 
+def padding_id(image_token_id: int | None) -> int:
+    """A token to pad with: any but the image's, since its embedding is masked out."""
+    return 1 if image_token_id == 0 else 0
+
+
 def left_pad(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and attention mask of a batch, both [batch, longest] int64."""
     longest = max(len(p) for p in prompts)
@@ -246,10 +251,11 @@ def first_held(bundle: Bundle, engine: EngineName, original: bool = False) -> Pr
     for another. Where an engine has none at all, it is the bundle's first, and opening it says what is missing.
     """
     precisions = bundle.manifest.dtypes if original else bundle.manifest.precisions
-    return next((p for p in precisions if _is_held(bundle, engine, p, original)), precisions[0])
+    return next((p for p in precisions if is_held(bundle, engine, p, original)), precisions[0])
 
 
-def _is_held(bundle: Bundle, engine: EngineName, precision: Precision, original: bool) -> bool:
+def is_held(bundle: Bundle, engine: EngineName, precision: Precision, original: bool = False) -> bool:
+    """Whether a bundle has an engine's files of a network in a precision, whether or not they run here."""
     try:
         for component in COMPONENTS:
             _file(bundle, component, engine, precision, original)

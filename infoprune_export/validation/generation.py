@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from infoprune_export.bundle import DECODER
 from infoprune_export.engines.profiles import capacity
 from infoprune_export.recipe import Dtype, Workload
-from infoprune_export.runtime.session import Session, left_pad
+from infoprune_export.runtime.session import Session, left_pad, padding_id
+
+if TYPE_CHECKING:
+    from infoprune_export.validation.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,6 @@ def encode_images(session: Session, pixel_values: np.ndarray, batch: int) -> np.
     return np.concatenate([session.encode_images(pixel_values[i : i + batch]) for i in range(0, len(pixel_values), batch)])
 
 
-def padding_id(image_token_id: int | None) -> int:
-    """A token to pad with: any but the image's, since its embedding is masked out."""
-    return 1 if image_token_id == 0 else 0
-
-
 def greedy_logits(session: Session, prompts: Sequence[np.ndarray], features: np.ndarray | None) -> Iterator[np.ndarray]:
     """Logits of one greedy step after another, without end; the caller decides when to stop.
 
@@ -71,6 +70,20 @@ def greedy_logits(session: Session, prompts: Sequence[np.ndarray], features: np.
         logits = np.asarray(logits, np.float32)
         yield logits
         logits, cache = session.step(logits.argmax(-1).astype(np.int64), cache)
+
+
+def reference_logits(session: Session, reference: Reference, rows: Sequence[int], features: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The same for some of a reference's prompts.
+
+    Args:
+        session: The engines.
+        reference: With the prompts.
+        rows: Which of them.
+        features: [images of all its prompts, tokens, hidden]; None without images.
+    """
+    prompts = [reference.prompts[row] for row in rows]
+    images = [p.image for p in prompts if p.image is not None]
+    return greedy_logits(session, [p.input_ids for p in prompts], features[images] if images else None)
 
 
 def continue_greedily(

@@ -39,8 +39,10 @@ def meet_latency(
     Raises:
         InputError: out of reach by the table.
     """
-    asked, found = requested, []
+    asked, arrives, found = requested, 1.0, []
     for _ in range(ATTEMPTS):
+        if found:
+            notify(f"{arrives:.2f} of what parts save one by one arrives end to end: deciding for {asked:.3f} of the time by the table")
         try:
             plan = decide(asked)
         except InputError:
@@ -54,7 +56,6 @@ def meet_latency(
         if abs(predicted / requested - 1) <= TOLERANCE:
             break
         asked = min(0.99, 1 - (1 - requested) / max(arrives, 0.1))
-        notify(f"{arrives:.2f} of what parts save one by one arrives end to end: deciding for {asked:.3f} of the time by the table")
         if asked <= 0:
             break
     return min(found, key=lambda p: abs(p.budget.latency.predicted - requested))

@@ -27,7 +27,7 @@ import numpy as np
 
 from infoprune_export.bundle import DECODER, EMBED, VISION
 from infoprune_export.precision import quantised
-from infoprune_export.validation.generation import AMPLE, Limits, encode_images, greedy_logits
+from infoprune_export.validation.generation import AMPLE, Limits, encode_images, reference_logits
 from infoprune_export.validation.records import ComponentNumerics, GenerationNumerics
 from infoprune_export.validation.reference import text_tokens
 
@@ -48,6 +48,9 @@ class Tolerance:
 
 TOLERANCES = {"fp32": Tolerance(1e-4, 0.99999), "fp16": Tolerance(1e-2, 0.999), "bf16": Tolerance(8e-2, 0.99)}
 TOLERANCES |= {quantised(dtype, weights): Tolerance(5e-2, 0.99) for dtype in ("fp32", "fp16", "bf16") for weights in ("int8", "int4")}
+
+
+NO_PROMPT = "the reference holds no prompt that fits the engine"
 
 
 def check(
@@ -78,8 +81,11 @@ def check(
     notify(describe(EMBED, records[EMBED]))
     rows = [i for i in range(len(reference.logits)) if limits.tokens is None or len(reference.prompts[i].input_ids) <= limits.tokens]
     # One prompt at a time here, batches below: a fault of the padding shows in one and not in the other.
-    logits = [next(_steps(session, reference, [row], features))[0] for row in rows]
-    records[DECODER] = compare(DECODER, np.array(logits), reference.logits[rows], engine, dtype)
+    logits = [next(reference_logits(session, reference, [row], features))[0] for row in rows]
+    if rows:
+        records[DECODER] = compare(DECODER, np.array(logits), reference.logits[rows], engine, dtype)
+    else:
+        records[DECODER] = unmeasured(engine, dtype, f"{DECODER} ({engine}, {dtype}): {NO_PROMPT}")
     notify(describe(DECODER, records[DECODER]))
     records["generation"] = compare_generation(session, reference, features, engine=engine, dtype=dtype, limits=limits)
     notify(describe("generation", records["generation"]))
@@ -146,7 +152,7 @@ def compare_generation(
                 ties += 1
             else:
                 faults.append(f"prompt {row} {parted}")
-    message = None if order else f"generation ({engine}, {dtype}): the reference holds no prompt that fits the engine"
+    message = None if order else f"generation ({engine}, {dtype}): {NO_PROMPT}"
     if faults:
         more = f" (and {len(faults) - 1} more prompts)" if faults[1:] else ""
         message = f"generation ({engine}, {dtype}): {faults[0]}{more}"
@@ -184,7 +190,7 @@ def _where_parted(session: Session, reference: Reference, rows: Sequence[int], f
     """For each prompt of a batch, where its continuation parts from the reference's (None: nowhere)."""
     wanted = [reference.generated[row] for row in rows]
     parted: dict[int, Parted] = {}
-    for step, logits in enumerate(_steps(session, reference, rows, features)):
+    for step, logits in enumerate(reference_logits(session, reference, rows, features)):
         for i, tokens in enumerate(wanted):
             if i in parted or step >= len(tokens):
                 continue
@@ -195,13 +201,6 @@ def _where_parted(session: Session, reference: Reference, rows: Sequence[int], f
         if all(i in parted or step + 1 >= len(tokens) for i, tokens in enumerate(wanted)):
             break
     return [parted.get(i) for i in range(len(rows))]
-
-
-def _steps(session: Session, reference: Reference, rows: Sequence[int], features: np.ndarray | None):
-    prompts = [reference.prompts[row] for row in rows]
-    images = [p.image for p in prompts if p.image is not None]
-    chosen = features[images] if features is not None and images else None
-    return greedy_logits(session, [p.input_ids for p in prompts], chosen)
 
 
 def _smallest_cosine(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from infoprune_export.engines.onnxruntime import OrtEngine
 from infoprune_export.precision import Precision
 from infoprune_export.runtime.config import ModelConfig
 from infoprune_export.runtime.session import Session
-from infoprune_export.validation.generation import AMPLE, encode_images, greedy_logits
+from infoprune_export.validation.generation import AMPLE, encode_images, reference_logits
 from infoprune_export.validation.numerics import closeness
 from infoprune_export.validation.records import Distance
 from infoprune_export.validation.reference import Reference, text_tokens
@@ -38,7 +38,7 @@ def float_answers(bundle: Bundle, precision: Precision, reference: Reference, th
     files = {component: bundle.graph(component, precision) for component in COMPONENTS}
     engines = {component: OrtEngine.open(file, threads, ["CPUExecutionProvider"], optimise=False) for component, file in files.items()}
     session = Session(engines, ModelConfig.from_directory(bundle.path))
-    features = encode_images(session, reference.pixel_values, AMPLE.images)
+    features = encode_images(session, reference.pixel_values, AMPLE.images) if len(reference.pixel_values) else None
     known = text_tokens(reference.prompts[: len(reference.logits)], reference.image_token_id)
     order = sorted(range(len(reference.prompts)), key=lambda i: len(reference.prompts[i].input_ids))
     generated: list[np.ndarray] = [np.zeros(0, np.int64)] * len(order)
@@ -46,11 +46,11 @@ def float_answers(bundle: Bundle, precision: Precision, reference: Reference, th
         rows = order[start : start + AMPLE.batch]
         for row, tokens in zip(rows, _continuations(session, reference, rows, features), strict=True):
             generated[row] = tokens
-    alone = [next(_logits(session, reference, [i], features))[0] for i in range(len(reference.logits))]
+    alone = [next(reference_logits(session, reference, [i], features))[0] for i in range(len(reference.logits))]
     return replace(
         reference,
         generated=tuple(generated),
-        image_features=features[: len(reference.image_features)].astype(np.float32),
+        image_features=reference.image_features if features is None else features[: len(reference.image_features)].astype(np.float32),
         inputs_embeds=session.embed(known[None])[0].astype(np.float32),
         logits=np.stack(alone),
     )
@@ -76,11 +76,11 @@ def describe(name: str, found: Distance) -> str:
     return f"DISTANCE | {name} | from the float network: relative {found.max_rel:.1e}, cosine {found.cosine:.5f}"
 
 
-def _continuations(session: Session, reference: Reference, rows: Sequence[int], features: np.ndarray) -> list[np.ndarray]:
+def _continuations(session: Session, reference: Reference, rows: Sequence[int], features: np.ndarray | None) -> list[np.ndarray]:
     """Greedy continuations that end with their end-of-sequence token, as a reference holds them."""
     columns: list[np.ndarray] = []
     ended = np.zeros(len(rows), bool)
-    for logits in _logits(session, reference, rows, features):
+    for logits in reference_logits(session, reference, rows, features):
         columns.append(logits.argmax(-1))
         ended |= np.isin(columns[-1], reference.eos_token_ids)
         if ended.all() or len(columns) == reference.max_new_tokens:
@@ -88,9 +88,3 @@ def _continuations(session: Session, reference: Reference, rows: Sequence[int], 
     ids = np.stack(columns, axis=1).astype(np.int64)
     ends = [np.flatnonzero(np.isin(row, reference.eos_token_ids))[:1] for row in ids]
     return [row[: end[0] + 1] if len(end) else row for row, end in zip(ids, ends, strict=True)]
-
-
-def _logits(session: Session, reference: Reference, rows: Sequence[int], features: np.ndarray):
-    prompts = [reference.prompts[row] for row in rows]
-    images = [p.image for p in prompts if p.image is not None]
-    return greedy_logits(session, [p.input_ids for p in prompts], features[images] if images else None)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from infoprune_export.bundle import Flops, write_atomically
-from infoprune_export.errors import GateFailed, InputError, NotEnough
+from infoprune_export.errors import GateFailed, InputError
 from infoprune_export.plans import LatencyBudget, Plan, Source, TrainingRecord
 from infoprune_export.recipe import Workload, first_problem
 from infoprune_export.validation.records import (
@@ -30,7 +30,7 @@ from infoprune_export.validation.records import (
     Resources,
     Size,
 )
-from infoprune_export.workspace import is_full_disk
+from infoprune_export.workspace import full_disk
 
 SCHEMA_VERSION = 1
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -103,7 +103,7 @@ class Report(Record):
 
         Raises:
             InputError: the directory cannot be written.
-            NotEnough: the disk is full.
+            FullDisk: the disk is full.
         """
         from infoprune_export.validation.page import report_page
 
@@ -115,17 +115,13 @@ class Report(Record):
             write_atomically(directory / REPORT_JSON, self.to_json())
             write_atomically(directory / REPORT_HTML, page)
         except OSError as e:
-            if is_full_disk(e):
-                raise NotEnough(
-                    "the disk is full, or a file may not grow further", where=directory, mend="make space and run it again"
-                ) from e
-            raise _not_writable(directory) from e
+            raise full_disk(e, directory, mend="make space and run it again") or _not_writable(directory) from e
 
     def _keep(self, earlier: Report) -> None:
         self.resources = self.resources or earlier.resources
-        if not self.accuracy:
-            at = earlier.measured_at
-            self.accuracy = {task: a.model_copy(update={"measured_at": a.measured_at or at}) for task, a in earlier.accuracy.items()}
+        at = earlier.measured_at
+        before = {task: a.model_copy(update={"measured_at": a.measured_at or at}) for task, a in earlier.accuracy.items()}
+        self.accuracy = before | self.accuracy
 
 
 def check_writable(directory: Path) -> None:

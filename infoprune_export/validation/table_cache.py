@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from infoprune_export.bundle import write_atomically
+from infoprune_export.kept import cache_directory, keep
 from infoprune_export.timetable import Conditions, TimeTable
 from infoprune_export.validation.profile import Progress, measure_table
 from infoprune_export.validation.stand_ins import Setting
@@ -43,21 +42,11 @@ def table_for(setting: Setting, *, notify: Notify = lambda line: None, progress:
 def measure_and_keep(setting: Setting, *, seconds: float = 5.0, progress: Progress = lambda what, done, total: None) -> TimeTable:
     """A table measured now, in place of any that was kept; it is returned even where it cannot be kept."""
     table = measure_table(setting, seconds, progress)
-    path = _path(table.conditions)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, table.model_dump_json(indent=1))
-    except OSError:  # a read-only home costs the next run its time, nothing else
-        pass
+    keep(_path(table.conditions), table.model_dump_json(indent=1).encode())
     return table
-
-
-def cache_directory() -> Path:
-    """Where tables are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infoprune-export" / "latency"
 
 
 def _path(conditions: Conditions) -> Path:
     """Versions are not in the name, so that a table measured by others is found and told about."""
     key = conditions.model_dump(mode="json", exclude={"versions", "schema_version"})
-    return cache_directory() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    return cache_directory("latency") / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}.json"

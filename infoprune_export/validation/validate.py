@@ -17,7 +17,7 @@ from infoprune_export.errors import InfoPruneError, InputError
 from infoprune_export.precision import Precision, float_type, is_quantised
 from infoprune_export.recipe import DataSource, Workload
 from infoprune_export.runtime.config import ModelConfig
-from infoprune_export.runtime.session import EngineName, Session
+from infoprune_export.runtime.session import EngineName, Session, is_held
 from infoprune_export.validation import accuracy, latency, numerics, quantisation, tasks
 from infoprune_export.validation.affinity import allowed
 from infoprune_export.validation.baseline import Baseline, find_baseline
@@ -145,26 +145,32 @@ class Run:
     def sessions(self, engines: Sequence[EngineName] | None, needed_for: Sequence[str]) -> Iterator[tuple[Variant, Session]]:
         """Opens every engine in every type of the bundle that runs here, one at a time.
 
-        Engines asked for by name have to run; of the bundle's own (`engines` None) one may be left out, with the
-        reason given for everything it was needed for.
+        Engines asked for by name have to run in every precision that there are files of; of the bundle's own (`engines` None) one may
+        be left out, with the reason given for everything it was needed for.
         """
         manifest = self.bundle.manifest
         for engine in engines or dict.fromkeys(("onnx", *manifest.targets)):
-            absent: list[InfoPruneError] = []
+            absent: dict[Precision, InfoPruneError] = {}
             # A TensorRT engine is found by the GPU it is for; its type is the one that it was built in.
             dtypes: list[Precision] = [*manifest.dtypes[: 1 if engine == "trt" else None], *manifest.quantised]
             for dtype in dtypes:
                 try:
                     session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
                 except InfoPruneError as e:
-                    absent.append(e)
+                    absent[dtype] = e
                 else:
                     yield Variant(engine, dtype if is_quantised(dtype) else dtype_of(session)), session
+                    del session
+            broken = {dtype: e for dtype, e in absent.items() if is_held(self.bundle, engine, dtype)}
+            first = next(iter(absent.values()), None)
+            if engines and (broken or len(absent) == len(dtypes)):
+                raise next(iter(broken.values()), first)
             if len(absent) == len(dtypes):
-                if engines:
-                    raise absent[0]
                 for what in needed_for:
-                    self.skip(f"{what}.{engine}", _why_not(engine, absent[0]))
+                    self.skip(f"{what}.{engine}", _why_not(engine, first))
+            else:
+                for dtype, e in broken.items():
+                    self.skip(f"{needed_for[0]}.{engine}.{dtype}", _one_line(e))
 
     def check_numerics(self, engines: Sequence[EngineName] | None) -> list[Variant]:
         """Holds every engine and type against the reference; says which of them run.
@@ -186,6 +192,7 @@ class Run:
             except InputError as e:  # bfloat16, for which the CPU has no kernels
                 self.skip(f"numerics.{engine}.{dtype}", f"its portable graph does not run here: {_one_line(e)}")
                 runnable.append(variant)
+                del session
                 continue
             try:
                 records = numerics.check(session, held, engine=engine, dtype=dtype, limits=limits, notify=self.notify)
@@ -194,6 +201,8 @@ class Run:
                 failed = GenerationNumerics(engine=engine, dtype=dtype, prompts=0, identical_token_ids=0, passed=False, message=str(e))
                 records = {"generation": failed}
                 self.notify(numerics.describe("generation", failed))
+            finally:
+                del session  # or it were in memory beside the next
             if (engine, dtype) == ("onnx", "fp16") and (overflow := first_overflow(self.bundle, reference)):
                 record = records.setdefault(overflow.component, numerics.unmeasured(engine, dtype))
                 record.passed, record.message = False, "; ".join(filter(None, (record.message, str(overflow))))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infoprune_export.data import images as image_module
 from infoprune_export.data.images import ImageFolder, ImageRef, to_rgb
 from infoprune_export.errors import InputError
 
@@ -124,3 +125,16 @@ def test_an_archive_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(InputError, match=r"a\.zip: is not a readable zip archive"):
         ImageFolder([tmp_path], [], ["a.zip"]).find("x", "q")
+
+
+def test_a_damaged_compressed_member(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("a.png", png() + bytes(range(256)) * 20)
+        data = bytearray(path.read_bytes())
+        data[45:60] = b"\xff" * 15
+        path.write_bytes(data)
+        image_module._archive.cache_clear()
+        with pytest.raises(InputError, match="cannot be read"):
+            ImageRef(path, "a.png").open()

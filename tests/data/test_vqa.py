@@ -214,6 +214,8 @@ def spoil(path: Path, change) -> None:
         (write_vqa, lambda d: d["questions"].__setitem__(0, "x"), "record 1: is not an object with fields"),
         (write_vqa, lambda d: d.update(data_subtype=["../val"]), "field 'data_subtype'"),
         (write_vqa, lambda d: d["questions"].clear(), "holds no questions"),
+        (write_textvqa, lambda d: d["data"].__setitem__(0, 1), "record 1: is not an object with fields"),
+        (write_textvqa, lambda d: d["data"].__setitem__(0, "answers"), "record 1: is not an object with fields"),
         (write_textvqa, lambda d: d["data"][0].pop("image_id"), "record 1: field 'image_id' is missing"),
         (write_textvqa, lambda d: d["data"][0].pop("answers"), "record 1: field 'answers' is missing"),
         (write_textvqa, lambda d: d["data"][0].update(answers=["a"] * 9), "record 1: field 'answers' does not hold 10 answers"),

@@ -3,11 +3,48 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 
-OUT_OF_MEMORY, NOT_PERMITTED = 2, 800
+OUT_OF_MEMORY, NOT_PERMITTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 2, 800, 900, 901
+STREAMS = {}
+"""Handle to stream, of all drivers."""
+
+
+def not_while_recording(function):
+    """What the driver refuses while a stream is recorded, and the recording with it."""
+
+    def checked(self, *arguments):
+        if self.stream.recorded is None:
+            return function(self, *arguments)
+        self.stream.valid = False
+        return CAPTURE_UNSUPPORTED
+
+    return checked
+
+
+class FakeStream:
+    """Does at once what is queued, or notes it while it records."""
+
+    def __init__(self):
+        self.recorded, self.valid, self.capturable, self.recordings = None, True, True, 0
+
+    def begin(self):
+        self.recorded, self.valid = [], self.capturable
+        self.recordings += 1
+
+    def end(self):
+        recorded, self.recorded = self.recorded, None
+        return recorded if self.valid else None
+
+    def queue(self, work):
+        if self.recorded is None:
+            work()
+        else:
+            self.recorded.append(work)
+        return self.recorded is None or self.valid
 
 
 class FakeDriver:
@@ -15,6 +52,7 @@ class FakeDriver:
 
     def __init__(self, limit: int = 1 << 20):
         self.limit, self.blocks, self.broken, self.allocations = limit, {}, set(), 0
+        self.stream, self.graphs, self.launches = FakeStream(), {}, 0
 
     def __getattr__(self, name: str):
         if name.startswith("cu"):
@@ -53,6 +91,7 @@ class FakeDriver:
         free._obj.value, total._obj.value = self.free, self.limit
         return 0
 
+    @not_while_recording
     def cuMemAlloc_v2(self, address, size):
         if size.value > self.free:
             return OUT_OF_MEMORY
@@ -62,24 +101,81 @@ class FakeDriver:
         self.allocations += 1
         return 0
 
+    @not_while_recording
     def cuMemFree_v2(self, address):
         del self.blocks[address.value]
         return 0
 
+    @not_while_recording
+    def cuMemsetD8Async(self, address, value, size, stream):
+        ctypes.memset(address.value, value.value, size.value)
+        return 0
+
+    def cuStreamCreate(self, handle, flags):
+        assert flags == 1, "the default stream must go on while this one is recorded"
+        handle._obj.value = 1000 + len(STREAMS)
+        STREAMS[handle._obj.value] = self.stream
+        return 0
+
+    @not_while_recording
+    def cuStreamSynchronize(self, stream):
+        return NOT_PERMITTED if "cuStreamSynchronize" in self.broken else 0
+
+    def cuStreamBeginCapture_v2(self, stream, mode):
+        assert mode == 1, "other threads must go on"
+        STREAMS[stream.value].begin()
+        return 0
+
+    def cuStreamEndCapture(self, stream, graph):
+        recorded = STREAMS[stream.value].end()
+        if recorded is None:
+            return CAPTURE_INVALIDATED
+        graph._obj.value = self._new_graph(recorded)
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, executable, graph, flags):
+        executable._obj.value = self._new_graph(self.graphs[graph.value])
+        return 0
+
+    def _new_graph(self, recorded):
+        handle = max(self.graphs, default=0) + 1
+        self.graphs[handle] = recorded
+        return handle
+
+    def cuGraphLaunch(self, executable, stream):
+        assert stream.value in STREAMS
+        self.launches += 1
+        for work in self.graphs[executable.value]:
+            work()
+        return 0
+
+    def cuGraphDestroy(self, graph):
+        del self.graphs[graph.value]
+        return 0
+
+    cuGraphExecDestroy = cuGraphDestroy
+
+    @not_while_recording
     def cuMemcpyHtoDAsync_v2(self, target, source, size, stream):
         ctypes.memmove(target.value, source.value, size.value)
         return 0
 
+    @not_while_recording
     def cuMemcpyDtoHAsync_v2(self, target, source, size, stream):
         ctypes.memmove(target.value, source.value, size.value)
         return 0
+
+
+def _read(name, shapes, addresses):
+    raw = ctypes.string_at(addresses[name], int(np.prod(shapes[name])) * 4)
+    return np.frombuffer(raw, np.float32).reshape(shapes[name])
 
 
 class FakeContext:
     """Runs `present = concat(past, x)`, `total = sum(present)` along the last axis."""
 
     def __init__(self):
-        self.shapes, self.addresses, self.profiles = {}, {}, []
+        self.shapes, self.addresses, self.profiles, self.cache = {}, {}, [], None
 
     def set_optimization_profile_async(self, index, stream):
         self.profiles.append(index)
@@ -99,16 +195,56 @@ class FakeContext:
         return {"present": (batch, self.shapes["past"][1] + self.shapes["x"][1]), "total": (batch,)}[name]
 
     def execute_async_v3(self, stream):
-        present = np.concatenate([self._read("past"), self._read("x")], 1)
-        ctypes.memmove(self.addresses["present"], present.ctypes.data, present.nbytes)
-        total = present.sum(1, dtype=np.float32)
-        ctypes.memmove(self.addresses["total"], total.ctypes.data, total.nbytes)
-        return True
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        return STREAMS[stream].queue(lambda: self._execute(shapes, addresses))
 
-    def _read(self, name):
-        shape = self.shapes[name]
-        raw = ctypes.string_at(self.addresses[name], int(np.prod(shape)) * 4)
-        return np.frombuffer(raw, np.float32).reshape(shape)
+    def _execute(self, shapes, addresses):
+        if self.cache:
+            self._compile(str(shapes))
+        present = np.concatenate([_read(name, shapes, addresses) for name in ("past", "x")], 1)
+        ctypes.memmove(addresses["present"], present.ctypes.data, present.nbytes)
+        total = present.sum(1, dtype=np.float32)
+        ctypes.memmove(addresses["total"], total.ctypes.data, total.nbytes)
+
+    def _compile(self, kernel):
+        """As TensorRT-RTX does, for shapes that its cache does not know."""
+        if kernel not in self.cache().kernels:
+            self.cache().kernels.append(kernel)
+            self.compiled.append(kernel)
+
+
+GONE_TOO_EARLY = []
+"""Caches that went before a context that compiles into them."""
+
+
+class FakeRuntimeCache:
+    """Kernels by name; takes those of its own driver only. Contexts borrow it."""
+
+    version = "12080"
+
+    def __init__(self):
+        self.kernels, self.contexts = [], weakref.WeakSet()
+
+    def __del__(self):
+        if self.contexts:
+            GONE_TOO_EARLY.append(self)
+
+    def serialize(self):
+        return "\n".join([self.version, *self.kernels]).encode()
+
+    def deserialize(self, blob):
+        version, *kernels = blob.decode().split("\n")
+        self.kernels += kernels if (takes := version == self.version) else []
+        return takes
+
+
+class FakeRuntimeConfig:
+    def create_runtime_cache(self):
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache):
+        self.cache = weakref.ref(cache)
+        return True
 
 
 class FakeEngine:
@@ -118,11 +254,25 @@ class FakeEngine:
     names = ("x", "past", "present", "total")
     ranges = ({"x": ((1, 1), (1, 8)), "past": ((1, 0), (1, 0))}, {"x": ((1, 1), (1, 1)), "past": ((1, 1), (1, 7))})
 
-    def __init__(self):
-        self.context = FakeContext()
+    context_type = FakeContext
 
-    def create_execution_context(self):
-        return self.context
+    def __init__(self):
+        self.full, self.context, self.config, self.compiled = False, None, None, []
+
+    def create_runtime_config(self):
+        return FakeRuntimeConfig()
+
+    def create_execution_context(self, runtime_config=None):
+        """None on a device that is `full`; whoever asks for a context keeps it."""
+        if self.full:
+            return None
+        context = self.context_type()
+        context.compiled = self.compiled
+        self.context, self.config = weakref.proxy(context), runtime_config
+        if runtime_config:
+            context.cache = runtime_config.cache
+            context.cache().contexts.add(context)
+        return context
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -142,19 +292,19 @@ class FakeEngine:
 
 
 class FakeUpdatingContext(FakeContext):
-    """Writes x behind the tokens that are in the cache already; `logits` is the sum of all."""
+    """Writes x behind the tokens that are in the cache already, as many as the mask says; `logits` is the sum of all."""
 
     def get_tensor_shape(self, name):
         return {"present.0.key": self.shapes["past_key_values.0.key"], "logits": (1, 1, 1)}[name]
 
-    def execute_async_v3(self, stream):
-        assert self.addresses["past_key_values.0.key"] == self.addresses["present.0.key"]
-        new, tokens = self._read("inputs_embeds").ravel(), self.shapes["attention_mask"][1]
-        cache = (ctypes.c_float * FakeUpdatingEngine.capacity).from_address(self.addresses["present.0.key"])
+    def _execute(self, shapes, addresses):
+        assert addresses["past_key_values.0.key"] == addresses["present.0.key"]
+        new, mask = (_read(name, shapes, addresses).ravel() for name in ("inputs_embeds", "attention_mask"))
+        tokens = int(mask.nonzero()[0].max()) + 1
+        cache = (ctypes.c_float * FakeUpdatingEngine.capacity).from_address(addresses["present.0.key"])
         cache[tokens - len(new) : tokens] = new.tolist()
-        total = np.float32(sum(cache[:tokens]))
-        ctypes.memmove(self.addresses["logits"], total.tobytes(), 4)
-        return True
+        total = np.float32(np.dot(cache[: len(mask)], mask))
+        ctypes.memmove(addresses["logits"], total.tobytes(), 4)
 
 
 class FakeUpdatingEngine(FakeEngine):
@@ -167,8 +317,7 @@ class FakeUpdatingEngine(FakeEngine):
         {"inputs_embeds": ((1, 1), (1, 6)), "attention_mask": ((1, 1), (1, 6)), "past_key_values.0.key": ((1, 1, 6, 1), (1, 1, 6, 1))},
     )
 
-    def __init__(self):
-        self.context = FakeUpdatingContext()
+    context_type = FakeUpdatingContext
 
     def get_tensor_mode(self, name):
         return "in" if name in self.names[:3] else "out"
@@ -186,6 +335,7 @@ def fake_tensorrt(takes: bool = True, updates: bool = False) -> SimpleNamespace:
     return SimpleNamespace(
         __version__="9.9",
         engine=engine,
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole graph"),
         bfloat16="bfloat16",
         nptype=lambda dtype: np.float32,
         TensorIOMode=SimpleNamespace(INPUT="in", OUTPUT="out"),

@@ -46,6 +46,6 @@ def test_a_full_device_and_a_refusal_are_named():
     driver = cuda.Driver(library)
     with pytest.raises(NotEnough, match="no memory left"):
         cuda.Buffer(driver).reserve(11)
-    library.broken.add("cuStreamCreate")
-    with pytest.raises(MissingRequirement, match=r"cuStreamCreate \(CUDA_ERROR_NOT_PERMITTED\)"):
-        cuda.Stream(driver)
+    library.broken.add("cuStreamSynchronize")
+    with pytest.raises(MissingRequirement, match=r"cuStreamSynchronize \(CUDA_ERROR_NOT_PERMITTED\)"):
+        cuda.Stream(driver).wait()

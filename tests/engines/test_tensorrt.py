@@ -106,6 +106,15 @@ def test_a_parser_without_the_update_gets_the_graph_as_it_is(tmp_path, ahead_of_
     assert ahead_of_time.module.LayerType.KV_CACHE_UPDATE not in kinds
 
 
+def test_a_parser_of_older_operators_gets_them_written_out(tmp_path, ahead_of_time, monkeypatch):
+    """As that of TensorRT 10.3 in JetPack 6 would; this is TensorRT-RTX's, told not to."""
+    newer = ("Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter")
+    monkeypatch.setattr(ahead_of_time.module.OnnxParser, "supports_operator", lambda parser, name: name not in newer)
+    engine = build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")["sm86"]
+    log = engine.with_suffix(".log").read_text()
+    assert "written out, for this parser does not read them: Attention\n" in log and "Opset version:    21" in log
+
+
 def test_the_decoder_is_compiled_for_prefill_and_for_decode(tmp_path):
     engine = build(decoder(tmp_path / "decoder.onnx"), tmp_path / "out", "sm86")["sm86"]
     assert engine.with_suffix(".log").read_text().count("Total Activation Memory") == len(PROFILES)

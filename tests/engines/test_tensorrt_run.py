@@ -65,7 +65,7 @@ def test_an_engine_that_tensorrt_does_not_take(device, engine_file, monkeypatch)
 
 def test_an_engine_that_does_not_fit_into_the_gpus_memory(device, engine_file, monkeypatch, trt):
     """TensorRT says so by returning nothing, whether for the engine or for what it runs in."""
-    trt.engine.context = None
+    trt.engine.full = True
     with pytest.raises(NotEnough, match=r"decoder.engine: the GPU has no memory left\nend other programs on it"):
         load_engine(engine_file)
     device.limit = engine_file.stat().st_size - 1
@@ -189,6 +189,89 @@ def test_a_cache_has_the_room_that_its_engine_was_built_for(updating):
     assert cache.larger(6, 14) is None
     with pytest.raises(InputError, match=r"has room for 6 tokens, prompt and answer have 7\n.*a recipe with a larger workload"):
         cache.run(fed(7, tokens=7), step)
+
+
+def answer(engine, *values):
+    """Logits of a prompt of two tokens and of a step for every value."""
+    cache = engine.open_cache(1, 6)
+    logits, step = cache.run(fed(1, 2, tokens=2), None)
+    found = [logits.item()]
+    for n, value in enumerate(values, 3):
+        logits, step = cache.run(fed(value, tokens=n), step)
+        found.append(logits.item())
+    return found
+
+
+def test_steps_that_repeat_each_other_run_as_one_graph(device, updating):
+    assert answer(updating, 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert (device.stream.recordings, device.launches) == (1, 2)
+    assert answer(updating, 50, 60, 70, 80) == [3, 53, 113, 183, 263]  # the prompt between has shapes of its own
+    assert (device.stream.recordings, device.launches) == (2, 4)
+    assert answer(updating, 5) == [3, 8]  # too short to be worth it
+    assert (device.stream.recordings, device.launches) == (2, 4)
+    assert not device.graphs
+
+
+def test_a_prompt_is_no_graph_however_often_it_is_read(device, updating):
+    for _ in range(5):
+        assert answer(updating) == [3]
+    assert not device.stream.recordings
+
+
+def test_images_are(device, engine_file):
+    engine = load_engine(engine_file)
+    assert [engine.run({"x": row(n, 1), "past": EMPTY})["total"] for n in range(5)] == [1, 2, 3, 4, 5]
+    assert (device.stream.recordings, device.launches) == (1, 3)
+
+
+def test_an_engine_that_cannot_be_recorded_runs_as_ever(device, updating):
+    device.stream.capturable = False
+    for _ in range(tensorrt_run.FAILURES + 2):
+        assert answer(updating, 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert (device.stream.recordings, device.launches) == (tensorrt_run.FAILURES, 0)
+
+
+def test_one_failure_is_no_reason_to_give_up(device, updating):
+    device.stream.capturable = False
+    answer(updating, 10, 20, 30, 40)
+    device.stream.capturable = True
+    assert answer(updating, 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert device.launches == 2
+
+
+@pytest.mark.parametrize("function", ["cuStreamBeginCapture_v2", "cuGraphInstantiateWithFlags"])
+def test_a_driver_that_does_not_record(device, updating, monkeypatch, function):
+    monkeypatch.setattr(FakeDriver, function, lambda self, *arguments: 801)
+    assert answer(updating, 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert not device.launches
+
+
+def test_tensorrt_rtx_records_by_itself(device, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trt = fake_tensorrt(updates=True)
+    monkeypatch.setattr(tensorrt_run, "installed", lambda: (Flavour("tensorrt-rtx", trt),))
+    path = tmp_path / "tensorrt-rtx" / "sm89" / "decoder.engine"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"engine")
+    assert answer(load_engine(path), 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert trt.engine.config.cuda_graph_strategy == "whole graph" and not device.stream.recordings
+
+
+def test_the_mask_grows_by_a_tile_at_a_time(updating, monkeypatch):
+    monkeypatch.setattr(tensorrt_run, "MASK_STEP", 4)
+    lengths = []
+    run = updating.run
+    monkeypatch.setattr(updating, "run", lambda feeds, outputs: (lengths.append(feeds["attention_mask"].shape[1]), run(feeds, outputs))[1])
+    assert answer(updating, 10, 20, 30, 40) == [3, 13, 33, 63, 103]
+    assert lengths == [4, 4, 4, 6, 6]  # 6 is the capacity
+
+
+def test_a_cache_is_zeros_at_first(device, updating, monkeypatch):
+    """What lies behind the tokens has the weight 0, and 0 times NaN is NaN."""
+    cache = updating.open_cache(1, 6)
+    cache.run(fed(1, np.nan, np.nan, tokens=3), None)
+    del cache
+    assert answer(updating, 10) == [3, 13]
 
 
 def test_more_rows_than_the_engine_was_built_for(device, updating):

@@ -85,3 +85,8 @@ def test_another_revision_or_repository(run, hub, ask, tmp_path):
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "", "no_proxy": "*"}
     assert f"{REPO}: has no revision 'v9' on the hub" in run(recipe, "--dry-run", code=2, **settings).stderr
     assert "someone/else: no such repository on the hub" in run("someone/else", "--dry-run", code=2, **settings).stderr
+
+
+def test_a_name_that_is_none(run, hub, tmp_path):
+    message = run("no one/model", "--dry-run", "--out", tmp_path / "out", code=2, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path)).stderr
+    assert "no one/model: is no name of a repository" in message

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from infoprune_export.recipe import Workload
+from infoprune_export.runtime.session import padding_id
 from infoprune_export.validation import accuracy
 from infoprune_export.validation.accuracy import Example, answer, paired_drop, record, wilson
-from infoprune_export.validation.generation import Limits, continue_greedily, cut_at, limits_of, padding_id
+from infoprune_export.validation.generation import Limits, continue_greedily, cut_at, limits_of
 
 IMAGE_TOKEN, EOS = 31, 30
 

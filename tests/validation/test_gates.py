@@ -6,7 +6,7 @@ import pytest
 
 from infoprune_export.errors import GateFailed
 from infoprune_export.validation.gates import judge
-from infoprune_export.validation.records import Quantisation
+from infoprune_export.validation.records import NotMeasured, Quantisation
 
 
 def test_numerics_is_always_a_gate(report):
@@ -67,3 +67,12 @@ def test_gates_are_on_the_network_that_was_asked_for(report):
     assert gates["min_speedup"].measured == "1.10x on ort" and not gates["min_speedup"].passed
     end.quantised_speedup = report.accuracy["vqa"].quantised_drop_points = None  # it was measured, the original was not
     assert not any(gate.passed for name, gate in judge(report, max_drop=3, min_speedup=1.2).items() if name != "numerics")
+
+
+def test_a_gate_on_something_half_measured_does_not_pass(report):
+    """Data for one task are not here, and one engine's original did not run."""
+    report.not_measured.append(NotMeasured(what="accuracy.textvqa", reason="not here"))
+    report.latency["onnx"] = {"end_to_end": report.latency["ort"]["end_to_end"].model_copy(update={"original": None, "speedup": None})}
+    gates = judge(report, max_drop=100, min_speedup=0.1)
+    assert not gates["max_drop"].passed and gates["max_drop"].measured == "2.50 points lost on vqa; not measured: textvqa"
+    assert not gates["min_speedup"].passed and gates["min_speedup"].measured == "1.43x on ort; not measured: onnx"

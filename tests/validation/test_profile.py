@@ -122,6 +122,15 @@ def test_a_request_is_met_end_to_end(monkeypatch, arrives, attempts):
     assert (plan.budget.latency.requested, plan.budget.latency.predicted) == (0.5, pytest.approx(0.5))
 
 
+@pytest.mark.parametrize(("arrives", "requested", "times"), [(1.0, 0.5, 0), (0.5, 0.6, 1), (0.3, 0.5, 0)])
+def test_it_says_that_it_decides_again_where_it_does(monkeypatch, arrives, requested, times):
+    """Not where the table would have to keep less than nothing."""
+    monkeypatch.setattr(latency_budget, "share_that_arrives", lambda *_: arrives)
+    asked, said = [], []
+    meet_latency(None, _Table(), requested, lambda kept: asked.append(kept) or _Plan(kept), notify=said.append)
+    assert len(said) == len(asked) - 1 == times
+
+
 def test_the_nearest_plan_is_taken_where_the_table_goes_no_further(monkeypatch):
     monkeypatch.setattr(latency_budget, "share_that_arrives", lambda *_: 0.8)
 

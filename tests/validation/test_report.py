@@ -68,3 +68,11 @@ def test_what_making_took_is_kept_by_later_reports(report, plan, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "4.50 GB, predicted 5.00 GB" in page and "1 h 2 min, predicted 1 min 0 s without training (calibration 50 min 0 s" in page
     assert "a killed run was gone on from" in page
+
+
+def test_a_task_that_is_not_measured_now_is_kept_beside_those_that_are(report, plan, tmp_path):
+    first = report.model_copy(update={"accuracy": {**report.accuracy, "gqa": report.accuracy["vqa"]}})
+    first.write(tmp_path, plan)
+    report.write(tmp_path, plan)
+    accuracy = Report.read(tmp_path / "report.json").accuracy
+    assert accuracy["vqa"].measured_at is None and accuracy["gqa"].measured_at == first.measured_at

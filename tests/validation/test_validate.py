@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import weakref
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 import infoprune_export as ip
-from infoprune_export.bundle import DECODER, VISION, Bundle, Manifest, QuantisedWeights
+from infoprune_export.bundle import COMPONENTS, DECODER, VISION, Bundle, Manifest, QuantisedWeights, graph_file
 from infoprune_export.cli import cli
 from infoprune_export.errors import GateFailed, InputError, MissingRequirement, NotEnough
 from infoprune_export.models.flops import count
@@ -22,7 +24,7 @@ from infoprune_export.runtime.session import Session
 from infoprune_export.validation.bench import bench_bundle
 from infoprune_export.validation.overflow import Overflow
 from infoprune_export.validation.report import Report
-from infoprune_export.validation.validate import validate_bundle
+from infoprune_export.validation.validate import Run, validate_bundle
 
 TINY = Path(str(resources.files("infoprune_export"))) / "models" / "tiny_llava"
 SIZES = {"vocab": 434, "image_token": 433, "image_tokens": 64, "width": 64}
@@ -403,3 +405,38 @@ def test_accuracy_goes_through_an_engine_that_has_the_quantised_network_too(bund
     report = validate_bundle(bundle, seconds=0, max_drop=100)
     assert report.accuracy["vqa"].engine == "trt" and report.accuracy["vqa"].quantised is not None and report.passed
     assert [x.what for x in report.not_measured] == ["latency.ort.quantised"]
+
+
+def test_a_precision_that_does_not_open_is_told(bundle, monkeypatch):
+    """Its graphs are there; those of an engine that was built in fewer precisions are not, which is nothing to tell."""
+    bundle.manifest.dtypes, whole = ["fp32", "fp16"], Session.open
+    for component in COMPONENTS:
+        bundle.graph(component, "fp32").with_name(graph_file(component, "fp16")).write_bytes(b"graph")
+
+    def open_session(bundle, *, engine="ort", dtype="fp32", **given):
+        if dtype == "fp16":
+            raise InputError("no kernel for float16")
+        return whole(bundle, engine=engine, dtype=dtype, **given)
+
+    monkeypatch.setattr(Session, "open", open_session)
+    told = {x.what: x.reason for x in validate_bundle(bundle, evaluation={}, seconds=0).not_measured}
+    assert told["numerics.onnx.fp16"] == "no kernel for float16" and "numerics.ort.fp16" not in told
+    with pytest.raises(InputError, match="no kernel for float16"):
+        validate_bundle(bundle, engines=["onnx"], evaluation={}, seconds=0)
+
+
+def test_one_session_is_in_memory_at_a_time(bundle, monkeypatch):
+    alive, most, whole = weakref.WeakSet(), [], Session.open
+
+    def open_session(bundle, **given):
+        gc.collect()
+        most.append(len(alive))
+        session = whole(bundle, **given)
+        alive.add(session)
+        return session
+
+    monkeypatch.setattr(Session, "open", open_session)
+    bundle.manifest.targets = ["ort"]
+    run = Run(bundle, None, 1, lambda line: None, lambda *told: None)
+    run.check_numerics(None)
+    assert most == [0, 0]

@@ -50,6 +50,7 @@ def stages() -> list[Stage]:
         Stage("tiny.trained", _trained("tiny")),
         Stage("smol.free", (Task("smol", "original", 1.0), *(Task("smol", m.name, b) for b in smol for m in ours_and_pairs))),
         Stage("smol.trained", _trained("smol")),
+        Stage("smol.seeds", tuple(Task("smol", m, b, seed) for b in smol for seed in (1, 2) for m in (OURS.name, *_best_pairs(2)))),
         Stage("ablations", tuple(Task("tiny", m.name, ABLATION_BUDGET) for m in ABLATIONS)),
         *(
             Stage(f"swaps.{part}", tuple(Task("tiny", m.name, b, seed) for seed in seeds for b in budgets for m in SWAPS))
@@ -59,8 +60,12 @@ def stages() -> list[Stage]:
 
 
 def _trained(setting: SettingName) -> tuple[Task, ...]:
-    methods = (OURS.name, *(f"{BEST_PAIR}{i + 1}" for i in range(TRAINED_PAIRS[setting])))
+    methods = (OURS.name, *_best_pairs(TRAINED_PAIRS[setting]))
     return tuple(Task(setting, m, b, steps=STEPS[setting]) for b in TRAINED_BUDGETS[setting] for m in methods)
+
+
+def _best_pairs(n: int) -> list[str]:
+    return [f"{BEST_PAIR}{i + 1}" for i in range(n)]
 
 
 def quick_stage() -> Stage:
