@@ -21,7 +21,7 @@ STEPS = {"tiny": 600, "smol": 300}
 TRAINED_PAIRS = {"tiny": 2, "smol": 1}
 ABLATION_BUDGET = 0.5
 QUICK_BUDGETS = (0.6, 0.33)
-QUICK_IMAGES = 200
+QUICK_IMAGES = 400
 """Images of each task's test split in a quick run: the first so many, the same for every method."""
 BEST_PAIR = "best pair "
 """`best pair 1` is the pair that the validation split likes best at a budget, `best pair 2` the next."""
