@@ -105,8 +105,8 @@ def _archive(path: Path) -> tuple[zipfile.ZipFile, dict[str, str]]:
     return archive, {PurePosixPath(name).name: name for name in names}
 
 
-_DAMAGE = (KeyError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a damaged member, or one packed in an unknown way, raises."""
+_DAMAGE = (KeyError, OSError, RuntimeError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged member, or one packed in an unknown way (a RuntimeError), raises."""
 
 
 def _read_member(path: Path, member: str) -> bytes:
