@@ -10,6 +10,9 @@ from typing import Any
 
 from scale.runs import Run, tree_anonymous
 
+BUNDLE = "llava"
+"""The bundle's name in the benchmark's folder of work."""
+
 TOKEN = """
 import sys
 import numpy as np
@@ -40,7 +43,7 @@ def measure(work: Path, samples: int, threads: int) -> dict[str, Any]:
     Returns:
         `run` (see `Run.whole`), `flops` kept, `token_bytes` and `engine`: seconds, or the reason why there is none.
     """
-    run = Run("llava", work / "llava", samples)
+    run = Run("llava", work / BUNDLE, samples)
     found: dict[str, Any] = {"run": run.whole()}
     found["flops"] = found["run"]["report"]["flops"]["achieved"]
     decoder = run.out / "onnx" / "decoder_model_merged_fp16.onnx"
