@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infoprune_export.bundle import write_atomically
 from infoprune_export.engines.machine import machine_report
+from infoprune_export.files import write_whole
 from infoprune_export.versions import library_versions
 from quality.campaign import QUICK_IMAGES, Stage, Tuned
 from quality.methods import METHODS, ORIGINAL, OURS
@@ -47,7 +47,7 @@ def write(
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "summary.json", head | {"checks": checks(results, compress_seconds)})
     _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in [*rows, *earlier]], "tuned": tuned})
-    write_atomically(out / "table.md", table(results, notes))
+    write_whole(out / "table.md", table(results, notes))
     figure(results, out / "accuracy.png")
 
 
@@ -210,4 +210,4 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
