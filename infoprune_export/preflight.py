@@ -94,9 +94,10 @@ class Work:
         """The prediction, for a machine that multiplies matrices at a rate."""
         layers = list(self.anatomy.layers())
         mapped = self.stored_bytes >= 4 * self.parameters  # float32 weights are used where they lie
-        inside = sum(map(_parameters, layers))
-        rest = 0 if mapped else 4 * (self.parameters - inside)
-        largest = max(self._layer_memory(x, mapped) for x in layers)
+        outside = self.parameters - sum(map(_parameters, layers))
+        tables = min(outside, 2 * self.anatomy.vocab_size * self.anatomy.language.hidden)  # embedding and output head have turns, too
+        rest, tables = (0 if mapped else 4 * n for n in (outside - tables, tables))
+        largest = max(tables, *(self._layer_memory(x, mapped) for x in layers))
         network = 4 * round(self.kept * self.parameters)
         whole = (network if self.on_gpu else 3 * 4 * self.parameters) if self.train_steps else 0
         factors, written = (network if x else 0 for x in (self.samples, self.network))
