@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hurry import HURRY
 
 from infoprune_export import ledger, preflight
 from infoprune_export.errors import NotEnough
@@ -161,7 +162,7 @@ def test_what_a_run_took_is_not_known_where_a_killed_one_had_begun(work, monkeyp
 
 def test_a_run_puts_its_states_where_spill_says_and_reports_what_it_took(run, small_model, tmp_path):
     spill, out = tmp_path / "elsewhere" / "spill", tmp_path / "out"
-    run(small_model, "--flops", "0.7", "--samples", "6", "--target", "onnx", "--out", out, "--spill", spill)
+    run(small_model, "--flops", "0.7", "--samples", "6", "--target", "onnx", *HURRY, "--out", out, "--spill", spill)
     assert not spill.exists(), "nothing stays there"
     resources = json.loads((out / "report.json").read_text())["resources"]
     assert resources["memory_bytes"]["measured"] > 50 * 2**20 and resources["disk_bytes"]["measured"] > 2**20
