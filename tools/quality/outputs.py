@@ -51,6 +51,26 @@ def write(
     figure(results, out / "accuracy.png")
 
 
+def write_again(out: Path, pairs: Sequence[tuple[Row, Row]], among: int) -> None:
+    """Writes again.json: rows as recorded and as measured once more.
+
+    Args:
+        out: Directory; made if need be.
+        pairs: As recorded, and as measured now.
+        among: Rows that they were drawn from.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"group": old.task.group, "method": old.task.method, "seed": old.task.seed, "recorded": old.accuracy, "again": new.accuracy}
+        | {"n": new.n, "same": (old.accuracy, old.n, old.flops) == (new.accuracy, new.n, new.flops)}
+        for old, new in pairs
+    ]
+    same = sum(row["same"] for row in rows)
+    print(f"{same} of {len(rows)} rows, drawn from {among}, came to the same answers")
+    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
+    _json(out / "again.json", head | {"among": among, "same": same, "rows": rows})
+
+
 def tuned_record(tuned: Tuned, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """What was tried on the validation split, and what was chosen, for every method that is complete."""
     found: dict[tuple, dict[str, Any]] = {}
