@@ -61,12 +61,14 @@ def write_again(out: Path, pairs: Sequence[tuple[Row, Row]], among: int) -> None
     """
     out.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"group": old.task.group, "method": old.task.method, "seed": old.task.seed, "recorded": old.accuracy, "again": new.accuracy}
-        | {"n": new.n, "same": (old.accuracy, old.n, old.flops) == (new.accuracy, new.n, new.flops)}
+        {"group": old.task.group, "method": old.task.method, "seed": old.task.seed, "n": new.n}
+        | {name: {"accuracy": r.accuracy, "device": r.device, "commit": r.commit} for name, r in (("recorded", old), ("again", new))}
+        | {"points": 100 * (new.mean - old.mean)}
         for old, new in pairs
     ]
-    same = sum(row["same"] for row in rows)
-    print(f"{same} of {len(rows)} rows, drawn from {among}, came to the same answers")
+    same = sum((old.accuracy, old.n) == (new.accuracy, new.n) for old, new in pairs)
+    furthest = max((abs(row["points"]) for row in rows), default=0.0)
+    print(f"{same} of {len(rows)} rows, drawn from {among}, came to the same accuracies; the furthest is {furthest:.3f} points off")
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "again.json", head | {"among": among, "same": same, "rows": rows})
 

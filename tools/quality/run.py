@@ -74,7 +74,7 @@ def run_quick(args: argparse.Namespace) -> int:
 
 
 def run_again(args: argparse.Namespace) -> int:
-    """Measures recorded rows anew, drawn at random among those of today's code and this device, and writes down what came of it.
+    """Measures recorded rows anew, drawn at random among those of today's code, and writes down what came of it.
 
     What was recorded stays. See `run`.
     """
@@ -82,7 +82,7 @@ def run_again(args: argparse.Namespace) -> int:
     tuned, known = Tuned(book, versions), {}
     for stage in only(_measurable(), args.only):
         for task in _filled(stage, tuned):
-            if (row := book.get(versions.key_of(task))) and not row.failed and (row.device == "cpu") == (args.device == "cpu"):
+            if (row := book.get(versions.key_of(task))) and not row.failed:
                 known[row.key] = replace(row, task=task)
     drawn = random.SystemRandom().sample(list(known.values()), min(args.again, len(known)))
     with tempfile.TemporaryDirectory() as directory:
