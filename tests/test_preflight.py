@@ -64,7 +64,7 @@ def test_training_holds_whole_networks_and_exporting_alone_no_moments(work):
     assert replace(work, train_steps=100).needs(1e11).memory > 70 * 2**30
     assert replace(work, train_steps=100, on_gpu=True).needs(1e11).memory < 10 * 2**30, "on a GPU they are in its memory"
     alone = replace(work, samples=0, kept=1.0).needs(1e11)
-    assert (alone.spill, alone.seconds) == (0, 0) and alone.memory < work.needs(1e11).memory
+    assert alone.spill == 0 and alone.memory < work.needs(1e11).memory and 20 < alone.seconds < work.needs(1e11).seconds / 10
 
 
 def test_a_pass_for_the_reference_answers_takes_time_and_disk(work, llava):
