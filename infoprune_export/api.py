@@ -118,6 +118,7 @@ def export(
     weights: WeightType | None = None,
     archs: Sequence[str] = (),
     threads: int | None = None,
+    seconds: float = 5.0,
     progress: Progress | None = None,
 ) -> Bundle:
     """Exports a model that `apply` made smaller, builds its engines and validates them.
@@ -133,6 +134,7 @@ def export(
         weights: Also quantise the matrices, to int8 or int4.
         archs: GPU architectures for TensorRT.
         threads: CPU threads.
+        seconds: Measuring time of each part's latency.
         progress: Told about the work.
 
     Returns:
@@ -145,7 +147,7 @@ def export(
 
     require_export()
     with tempfile.TemporaryDirectory() as directory:
-        options = Options(out=Path(out), archs=list(archs), threads=threads, original=False)
+        options = Options(out=Path(out), archs=list(archs), threads=threads, seconds=seconds, original=False)
         job = _InMemory(
             model, processor, Path(directory), {"targets": list(targets), "dtype": dtype, "weights": weights}, options, progress
         )

@@ -7,36 +7,30 @@ what was written: `Bundle.open` checks every hash and refuses any path that leav
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from infoprune_export.errors import InputError
-from infoprune_export.hashes import file_sha256
+from infoprune_export.files import PART, file_sha256, write_whole
 from infoprune_export.plans import Plan, Source
 from infoprune_export.precision import Dtype, Precision, WeightType, float_type, is_quantised, quantised
-from infoprune_export.recipe import Recipe, Scope, TargetName, Workload, first_problem
+from infoprune_export.recipe import Recipe, Scope, TargetName, Workload
+from infoprune_export.schema import Strict, first_problem
 
-SCHEMA_VERSION = 1
 VISION, EMBED, DECODER = COMPONENTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 MANIFEST = "manifest.json"
 UNHASHED = (MANIFEST, "report.json", "report.html")
 """Files that `validate` rewrites, or that hold the hashes themselves."""
-PART = ".part"
-"""Ends the name of a file that is being written."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class FileRecord(_Strict):
+class FileRecord(Strict):
     sha256: str
     bytes: int
 
 
-class Flops(_Strict):
+class Flops(Strict):
     """FLOPs as counted on the exported graphs. Fractions are kept / original over `scope`."""
 
     denominator: str
@@ -49,7 +43,7 @@ class Flops(_Strict):
     """vision, projector, prefill, decode -> {original, compressed}"""
 
 
-class QuantisedComponent(_Strict):
+class QuantisedComponent(Strict):
     """Type of a component's matrices, their number and parameters, and parameters that stay float."""
 
     type: WeightType
@@ -58,7 +52,7 @@ class QuantisedComponent(_Strict):
     float_parameters: int
 
 
-class QuantisedWeights(_Strict):
+class QuantisedWeights(Strict):
     """What of the graphs is quantised: matrices, symmetrically, with a scale for every block of inputs of an output."""
 
     type: WeightType
@@ -68,8 +62,8 @@ class QuantisedWeights(_Strict):
     stays_float: list[str] = ["norms", "biases", "patch embedding", "positions", "embedding table", "activations"]
 
 
-class Manifest(_Strict):
-    schema_version: int = SCHEMA_VERSION
+class Manifest(Strict):
+    schema_version: Literal[1] = 1
     tool: str
     libraries: dict[str, str]
     source: Source
@@ -200,7 +194,7 @@ class Bundle:
     def write_manifest(self) -> None:
         """Hashes every file of the bundle and writes the manifest anew."""
         self.manifest.files = hash_tree(self.path)
-        write_atomically(self.path / MANIFEST, self.manifest.model_dump_json(indent=1))
+        write_whole(self.path / MANIFEST, self.manifest.model_dump_json(indent=1))
 
 
 def hash_tree(root: Path) -> dict[str, FileRecord]:
@@ -208,16 +202,3 @@ def hash_tree(root: Path) -> dict[str, FileRecord]:
     files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
     kept = {name: p for name, p in files.items() if name not in UNHASHED and not p.name.startswith(".") and p.suffix != PART}
     return {name: FileRecord(sha256=file_sha256(p), bytes=p.stat().st_size) for name, p in kept.items()}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old or the new one, never half."""
-    temporary = path.with_name(path.name + PART)
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from infoprune_export.bundle import write_atomically
 from infoprune_export.errors import InputError
+from infoprune_export.files import write_whole
 from infoprune_export.launched import own, processes
 from infoprune_export.ledger import foresee
 from infoprune_export.material import Material, Options
@@ -161,7 +161,7 @@ class Job(Material):
         if not decided.is_file():
             plan = self._decide()
             decided.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(decided, plan.to_json() + "\n")
+            write_whole(decided, plan.to_json() + "\n")
         return Plan.read(decided)
 
     def _decide(self) -> Plan:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infoprune_export import __version__
-from infoprune_export.bundle import Bundle, Flops, Manifest, write_atomically
+from infoprune_export.bundle import Bundle, Flops, Manifest
 from infoprune_export.errors import InputError
+from infoprune_export.files import write_whole
 from infoprune_export.job import Job, copy_processor_files
 from infoprune_export.launched import announce, is_first, processes, wait
 from infoprune_export.ledger import Ledger
@@ -286,7 +287,7 @@ def _validate(job: Job, bundle: Bundle, resources: Resources) -> Report:
     )
     report.resources = resources
     report.write(bundle.path, plan)
-    write_atomically(bundle.path / "README.md", model_card(bundle.manifest, plan, report, licence=job.checkpoint.licence))
+    write_whole(bundle.path / "README.md", model_card(bundle.manifest, plan, report, licence=job.checkpoint.licence))
     return report
 
 

@@ -20,25 +20,20 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infoprune_export.errors import InputError
-from infoprune_export.hashes import file_sha256
+from infoprune_export.files import file_sha256
 from infoprune_export.models.anatomy import ATTENTION_ROLES, Anatomy, Layer, Linear, TowerName, site
-from infoprune_export.recipe import Criterion, Scope, Workload, first_problem
+from infoprune_export.recipe import Criterion, Scope, Workload
+from infoprune_export.schema import Strict, first_problem
 from infoprune_export.tensors import TensorFile, described, encoded, write_tensors
-
-SCHEMA_VERSION = 1
 
 Factors = Mapping[str, np.ndarray]
 """Contents of factors.safetensors: tensor name to float32 array."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class LayerPlan(_Strict):
+class LayerPlan(Strict):
     """What is kept of one layer: query heads, KV groups, and a rank (None = dense) per FFN matrix."""
 
     tower: Literal["vision", "language"]
@@ -52,12 +47,12 @@ class LayerPlan(_Strict):
         return len(self.heads) < layer.attention.heads or any(r is not None for r in self.ranks.values())
 
 
-class Source(_Strict):
+class Source(Strict):
     id: str
     sha256: str
 
 
-class LatencyBudget(_Strict):
+class LatencyBudget(Strict):
     """Time asked for and predicted by a table of this machine, as fractions kept of the original's request, end to end."""
 
     requested: float
@@ -65,7 +60,7 @@ class LatencyBudget(_Strict):
     original_ms: float = Field(description="of the original's request, when the table was measured")
 
 
-class Budget(_Strict):
+class Budget(Strict):
     """FLOPs asked for (1 where time was) and predicted, as fractions kept of the original's over the scope."""
 
     scope: Scope
@@ -84,7 +79,7 @@ class Budget(_Strict):
         return f"{self.latency.requested:g} of the time" if self.latency else f"{self.requested:g}"
 
 
-class TrainingRecord(_Strict):
+class TrainingRecord(Strict):
     """How a plan's choice of heads, and the factors that go with it, were trained."""
 
     head_steps: int = Field(0, description="steps that learned which heads go; 0 where the scores said it")
@@ -107,8 +102,8 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-class Plan(_Strict):
-    schema_version: int = SCHEMA_VERSION
+class Plan(Strict):
+    schema_version: Literal[1] = 1
     source: Source
     seed: int = 0
     criterion: Criterion
@@ -237,12 +232,6 @@ class Plan(_Strict):
             data = json.loads(text)
         except json.JSONDecodeError as e:
             raise InputError(f"line {e.lineno}: not JSON ({e.msg})", where=where) from None
-        if isinstance(data, dict) and data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-            raise InputError(
-                f"schema_version {data['schema_version']!r} is not {SCHEMA_VERSION}",
-                where=where,
-                mend="make the plan again with this version",
-            )
         try:
             return cls.model_validate(data)
         except ValidationError as e:

@@ -25,8 +25,15 @@ BASE_BYTES = 550 * 2**20
 TOKEN_FLOATS = 14.0
 """Floats that a layer keeps of each token for its way back, in units of hidden size plus a third of the feed-forward's (seen)."""
 BATCH_TOKENS = 2048
-EIGEN_FLOPS = 28.0
-"""Decompositions and products on one moment of n columns, in n^3 at the speed of a large product (seen at LLaVA-1.5-7B's sizes)."""
+PASS_SPEED = 0.7
+"""Of a layer's passes and of summing moments, as a share of a large product's (seen from 1 to 7 billion parameters)."""
+EIGEN_FLOPS, EIGEN_FLOPS_DOUBLE = 42.0, 330.0
+"""Decompositions and products on one moment of n columns, in n^3 at the speed of a large product: of wide ones, and of those that are
+computed in float64 (seen from 0.1 to 7 billion parameters)."""
+DOUBLE_UP_TO = 1024
+"""Columns."""
+TRACE_SECONDS, BYTES_A_SECOND = 20.0, 110e6
+"""Tracing the graphs, and writing network, factors and graphs (seen)."""
 BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -94,9 +101,10 @@ class Work:
         """The prediction, for a machine that multiplies matrices at a rate."""
         layers = list(self.anatomy.layers())
         mapped = self.stored_bytes >= 4 * self.parameters  # float32 weights are used where they lie
-        inside = sum(map(_parameters, layers))
-        rest = 0 if mapped else 4 * (self.parameters - inside)
-        largest = max(self._layer_memory(x, mapped) for x in layers)
+        outside = self.parameters - sum(map(_parameters, layers))
+        tables = min(outside, 2 * self.anatomy.vocab_size * self.anatomy.language.hidden)  # embedding and output head have turns, too
+        rest, tables = (0 if mapped else 4 * n for n in (outside - tables, tables))
+        largest = max(tables, *(self._layer_memory(x, mapped) for x in layers))
         network = 4 * round(self.kept * self.parameters)
         whole = (network if self.on_gpu else 3 * 4 * self.parameters) if self.train_steps else 0
         factors, written = (network if x else 0 for x in (self.samples, self.network))
@@ -107,6 +115,7 @@ class Work:
         gradients = sum(4 * _attention_parameters(x) for x in layers) * ("weights" in self.answers)
         spill = round(self.samples * per_sample) + (kept_moments + gradients + factors if self.samples else 0)
         seconds = sum(map(self._layer_flops, layers)) / flops_per_second if self.samples else 0.0
+        seconds += TRACE_SECONDS * bool(self.dtypes) + (written + factors + graphs) / BYTES_A_SECOND
         return Needs(max(BASE_BYTES + rest + largest, whole), written + factors, graphs + training, spill, round(per_sample), seconds)
 
     @property
@@ -131,13 +140,15 @@ class Work:
         return weights + moments + max(round(per_token * tokens), 12 * biggest + 6 * 8 * widest**2)
 
     def _layer_flops(self, layer: Layer) -> float:
+        """What compressing a layer takes, in FLOPs at the speed of a large product."""
         o, widths = layer.attention.o, _ffn_widths(layer)
         towers = tower_passes(self.anatomy, self.workload.model_copy(update={"batch": 1, "new_tokens": 1}))
         forward = self.samples * layer_flops(layer, None, towers[layer.tower])
         squares = o.d_in**2 + o.d_out**2 + 2 * sum(n**2 for n in widths)
         moments = 2 * self.samples * self._tokens(layer) * squares
         passes = 1 + 2 * self.weighted + 3 * bool(self.answers) + 2
-        return passes * forward + 1.5 * moments + EIGEN_FLOPS * sum(n**3 for n in (o.d_out, *widths))
+        algebra = sum((EIGEN_FLOPS_DOUBLE if n <= DOUBLE_UP_TO else EIGEN_FLOPS) * n**3 for n in (o.d_out, *widths))
+        return (passes * forward + 1.5 * moments) / PASS_SPEED + algebra
 
 
 def _parameters(layer: Layer) -> int:

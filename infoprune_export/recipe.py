@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infoprune_export.errors import InputError
 from infoprune_export.models.anatomy import TowerName
 from infoprune_export.precision import Dtype, WeightType
+from infoprune_export.schema import Strict, first_problem
 
 Scope = Literal["all", "vision", "language"]
 TargetName = Literal["onnx", "ort", "trt"]
@@ -23,11 +24,7 @@ AllocationName = Literal["ks", "uniform", "d-rank"]
 CompensationName = Literal["refit", "bias", "none"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Workload(_Strict):
+class Workload(Strict):
     """The shape of one request; every FLOP and latency figure names it.
 
     The first new token comes out of the prefill, so `new_tokens` takes `new_tokens - 1` decode steps.
@@ -49,7 +46,7 @@ class Workload(_Strict):
         return f"batch {self.batch}, {self.images} x {image} + {self.text_tokens} text tokens, {self.new_tokens} new"
 
 
-class DataSource(_Strict):
+class DataSource(Strict):
     """Questions about images in an official file format (VQAv2, TextVQA or GQA)."""
 
     path: str = Field(
@@ -59,7 +56,7 @@ class DataSource(_Strict):
     samples: int | None = Field(None, ge=1, description="how many questions to use; all when absent")
 
 
-class Floor(_Strict):
+class Floor(Strict):
     """What every layer of a tower, and the tower in total, keeps at least, beyond the one unit and the smallest rank that always stay."""
 
     heads: float = Field(0.0, ge=0, le=1, description="share of a layer's head groups")
@@ -67,7 +64,7 @@ class Floor(_Strict):
     total: float = Field(0.0, ge=0, le=1, description="share of the whole tower's FLOPs; for heads and ranks that compete for one budget")
 
 
-class Criterion(_Strict):
+class Criterion(Strict):
     """How heads and ranks are scored (see docs/method.md).
 
     Every field is a choice of its own; the published methods are combinations of them.
@@ -133,7 +130,7 @@ LORA_FROM = 10**9
 """Parameters of the original above which `recovery.method: auto` trains low-rank updates instead of whole matrices."""
 
 
-class Recovery(_Strict):
+class Recovery(Strict):
     """How the compressed network is trained (see docs/method.md); it has no effect while `train_steps` is 0."""
 
     method: Literal["auto", "full", "lora"] = Field(
@@ -158,7 +155,7 @@ class Recovery(_Strict):
         return parameters > LORA_FROM if self.method == "auto" else self.method == "lora"
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     name: str
     model: str = Field(description="model directory (relative to the recipe), `package:NAME`, or hub id org/name")
     revision: str | None = None
@@ -210,16 +207,6 @@ class Recipe(_Strict):
     def origin(self) -> Path | None:
         """File that the recipe was read from."""
         return self._origin
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first complaint of a validation as `field.path: message`."""
-    problem = error.errors()[0]
-    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"]).lstrip(".")
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        message = "unknown field"
-    return f"{path}: {message}" if path else message
 
 
 def packaged() -> dict[str, Path]:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from infoprune_export.data.vqa import PACKAGED, holds_split
 from infoprune_export.errors import InputError
 from infoprune_export.models.hub import is_hub_id
-from infoprune_export.recipe import DataSource, Recipe, first_problem, near, packaged, read
+from infoprune_export.recipe import DataSource, Recipe, near, packaged, read
+from infoprune_export.schema import first_problem
 
 
 def resolve(model: str, given: dict[str, Any], warn: Callable[[str], None] = lambda line: None) -> Recipe:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from infoprune_export.errors import InputError
+from infoprune_export.files import written_whole
 
 NAMES: dict[np.dtype, str] = {np.dtype(t): n for t, n in ((np.float64, "F64"), (np.float32, "F32"), (np.float16, "F16"), (np.int64, "I64"))}
 TYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -101,11 +102,6 @@ def encoded(shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterat
 def write_tensors(path: Path, shapes: Shapes, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
     """Writes a file one tensor at a time; it stands at its path only when it is whole. See `encoded`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            for piece in encoded(shapes, tensors):
-                f.write(piece)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path) as f:
+        for piece in encoded(shapes, tensors):
+            f.write(piece)

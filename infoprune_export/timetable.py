@@ -10,23 +10,17 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from infoprune_export.models.anatomy import Anatomy, Layer, Linear, TowerName
 from infoprune_export.plans import Plan
 from infoprune_export.recipe import Dtype, Workload
-
-SCHEMA_VERSION = 1
+from infoprune_export.schema import Strict
 
 PartName = Literal["vision", "prefill", "decode"]
 PARTS_OF: dict[TowerName, tuple[PartName, ...]] = {"vision": ("vision",), "language": ("prefill", "decode")}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Savings(_Strict):
+class Savings(Strict):
     """Nanoseconds that a pass saves by each layer where something is kept at a size.
 
     Straight lines join what was measured, once neighbours that contradict that more size never saves more share their mean.
@@ -54,7 +48,7 @@ class Savings(_Strict):
         return [mean for mean, n in pooled for _ in range(n)]
 
 
-class Part(_Strict):
+class Part(Strict):
     """One pass of a part: all images of a request, its whole prompt, or one further token.
 
     Attributes:
@@ -70,7 +64,7 @@ class Part(_Strict):
     pairs: dict[str, Savings]
 
 
-class Conditions(_Strict):
+class Conditions(Strict):
     """What the times depend on; a table serves only where all of it is the same.
 
     Attributes:
@@ -79,7 +73,7 @@ class Conditions(_Strict):
         versions: Package to version, of what ran.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     engine: str
     dtype: Dtype
     threads: int
@@ -94,7 +88,7 @@ class Conditions(_Strict):
         return [f"{k}: {mine.get(k, 'none')}, now {its.get(k, 'none')}" for k in sorted({*mine, *its}) if mine.get(k) != its.get(k)]
 
 
-class TimeTable(_Strict):
+class TimeTable(Strict):
     """Times of a model's parts under some conditions.
 
     Attributes:

@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core of its own
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+from hurry import HURRY
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -69,7 +71,7 @@ def bundle(tmp_path_factory, run, small_model) -> Path:
         "evaluation: {vqa: {path: 'tiny:vqa', samples: 20}, gqa: {path: 'tiny:gqa', samples: 20}}\n"
     )
     out = tmp_path_factory.mktemp("bundles") / "small"
-    run(recipe, "--target", "ort", "--out", out)
+    run(recipe, "--target", "ort", *HURRY, "--out", out)
     return out
 
 

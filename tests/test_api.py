@@ -1,6 +1,7 @@
 """The Python interface, used as the README shows it."""
 
 import pytest
+from hurry import SECONDS
 
 import infoprune_export as ip
 from infoprune_export.errors import InputError
@@ -17,9 +18,9 @@ def test_plan_apply_export_validate_load(small_model, tmp_path):
     before = sum(p.numel() for p in model.parameters())
     small = ip.apply(model, type(plan).load(tmp_path / "plan"))
     assert sum(p.numel() for p in small.parameters()) < before == sum(p.numel() for p in model.parameters())
-    bundle = ip.export(small, AutoProcessor.from_pretrained(small_model), tmp_path / "bundle", targets=["onnx"])
+    bundle = ip.export(small, AutoProcessor.from_pretrained(small_model), tmp_path / "bundle", targets=["onnx"], seconds=SECONDS)
     assert bundle.manifest.source == plan.source
-    report = ip.validate(tmp_path / "bundle")
+    report = ip.validate(tmp_path / "bundle", seconds=SECONDS)
     assert report.passed
     assert any("original" in x.what for x in report.not_measured)
     again = ip.load(tmp_path / "bundle")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hurry import HURRY
 
 from infoprune_export.bundle import COMPONENTS, Bundle, hash_tree
 
@@ -124,7 +125,7 @@ def test_both_routes_of_apply_give_the_same_network(run, bundle, small_model, tm
 
 
 def test_a_failed_gate_is_exit_1_and_keeps_the_bundle(run, bundle_copy):
-    message = run("validate", bundle_copy, "--min-speedup", "1000", code=1).stderr
+    message = run("validate", bundle_copy, "--min-speedup", "1000", *HURRY, code=1).stderr
     assert "min_speedup" in message
     Bundle.open(bundle_copy)
 
@@ -138,7 +139,7 @@ def test_a_network_too_large_for_float16_fails_and_the_layer_is_named(run, small
         weights[next(k for k in weights if k.endswith(f"layers.1.mlp.{name}.weight"))] *= gain
     save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "bundle"
-    failed = run(large, "--flops", "1", "--target", "onnx", "--dtype", "fp16", "--out", out, code=1)
+    failed = run(large, "--flops", "1", "--target", "onnx", "--dtype", "fp16", *HURRY, "--out", out, code=1)
     why = f"float16 ends at 65,504, and values leave it first at {feed_forward}.down_proj: use --dtype bf16 or fp32"
     assert why in " ".join(failed.stdout.split())
     report = json.loads((out / "report.json").read_text())
@@ -149,7 +150,7 @@ def test_a_network_too_large_for_float16_fails_and_the_layer_is_named(run, small
 def test_a_bundle_validates_against_its_original_elsewhere(run, bundle_copy, tmp_path):
     moved = tmp_path / "elsewhere"
     bundle_copy.rename(moved)
-    report = json.loads(run("validate", moved, "--json").stdout)
+    report = json.loads(run("validate", moved, *HURRY, "--json").stdout)
     assert report["latency"]["ort"]["decode"]["speedup"] > 0
 
 
@@ -261,6 +262,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_afterwards(small_model, tmp_pat
         "--target",
         "onnx",
         "--no-original",
+        *HURRY,
         "--out",
         str(tmp_path / "out"),
     ]

@@ -48,7 +48,7 @@ def _edited(plan, edit):
         (lambda d: d["layers"][3]["ranks"].update(gate=2.5), r"layers\[3\].ranks.gate"),
         (lambda d: d["layers"][3]["ranks"].pop("gate"), r"layers\[3\].ranks: expected exactly gate, up, down"),
         (lambda d: d.update(budgt=1), "budgt: unknown field"),
-        (lambda d: d.update(schema_version=99), "schema_version 99 is not 1"),
+        (lambda d: d.update(schema_version=99), "schema_version: 99 is not 1, which this version"),
     ],
 )
 def test_edits_that_do_not_fit_are_named(plan, edit, message):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hurry import HURRY
 
 from infoprune_export import ledger, preflight
 from infoprune_export.errors import NotEnough
@@ -55,14 +56,15 @@ def test_memory_does_not_depend_on_samples_and_disk_does(work):
 
 
 def test_float32_files_take_no_memory_of_their_own(work):
-    assert replace(work, stored_bytes=4 * work.parameters).needs(1e11).memory < work.needs(1e11).memory - 2**30
+    layer = 4 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert replace(work, stored_bytes=4 * work.parameters).needs(1e11).memory < work.needs(1e11).memory - layer
 
 
 def test_training_holds_whole_networks_and_exporting_alone_no_moments(work):
     assert replace(work, train_steps=100).needs(1e11).memory > 70 * 2**30
     assert replace(work, train_steps=100, on_gpu=True).needs(1e11).memory < 10 * 2**30, "on a GPU they are in its memory"
     alone = replace(work, samples=0, kept=1.0).needs(1e11)
-    assert (alone.spill, alone.seconds) == (0, 0) and alone.memory < work.needs(1e11).memory
+    assert alone.spill == 0 and alone.memory < work.needs(1e11).memory and 20 < alone.seconds < work.needs(1e11).seconds / 10
 
 
 def test_a_pass_for_the_reference_answers_takes_time_and_disk(work, llava):
@@ -160,7 +162,7 @@ def test_what_a_run_took_is_not_known_where_a_killed_one_had_begun(work, monkeyp
 
 def test_a_run_puts_its_states_where_spill_says_and_reports_what_it_took(run, small_model, tmp_path):
     spill, out = tmp_path / "elsewhere" / "spill", tmp_path / "out"
-    run(small_model, "--flops", "0.7", "--samples", "6", "--target", "onnx", "--out", out, "--spill", spill)
+    run(small_model, "--flops", "0.7", "--samples", "6", "--target", "onnx", *HURRY, "--out", out, "--spill", spill)
     assert not spill.exists(), "nothing stays there"
     resources = json.loads((out / "report.json").read_text())["resources"]
     assert resources["memory_bytes"]["measured"] > 50 * 2**20 and resources["disk_bytes"]["measured"] > 2**20

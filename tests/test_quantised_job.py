@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hurry import HURRY
 from quantised import operators
 
 from infoprune_export.bundle import DECODER, VISION, Bundle
@@ -27,7 +28,7 @@ def small(tmp_path_factory, run, small_model, bundle):
         "evaluation: {vqa: {path: 'tiny:vqa', samples: 20}}\n"
     )
     out = tmp_path_factory.mktemp("bundles") / "quantised"
-    run(recipe, "--plan", bundle, "--target", "ort", "--no-original", "--out", out)
+    run(recipe, "--plan", bundle, "--target", "ort", "--no-original", *HURRY, "--out", out)
     return out
 
 

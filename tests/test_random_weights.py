@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hurry import HURRY
 from safetensors import safe_open
 
 from infoprune_export.errors import NotEnough
@@ -36,7 +37,7 @@ def shapes(small_model, tmp_path_factory) -> Path:
 def made(run, shapes, tmp_path_factory):
     """A bundle of random weights, and what its run said."""
     out = tmp_path_factory.mktemp("made") / "out"
-    done = run(shapes, "--random-weights", "--target", "ort", "--flops", "0.6", "--samples", "8", "--out", out)
+    done = run(shapes, "--random-weights", "--target", "ort", "--flops", "0.6", "--samples", "8", *HURRY, "--out", out)
     return out, done
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hurry import HURRY
 
 from infoprune_export.bundle import Bundle, hash_tree
 from infoprune_export.plans import Plan
@@ -37,7 +38,7 @@ def recipe(tmp_path_factory, small_model) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, run, recipe) -> Path:
     out = tmp_path_factory.mktemp("bundles") / "trained"
-    run(recipe, "--out", out, "--threads", 1)
+    run(recipe, *HURRY, "--out", out, "--threads", 1)
     return out
 
 

@@ -156,6 +156,13 @@ SHARED: dict[str, Callable] = {
     "threads": click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]"),
     "max_drop": click.option("--max-drop", type=float, metavar="POINTS", help="Gate: exit 1 if accuracy falls by more."),
     "min_speedup": click.option("--min-speedup", type=float, metavar="X", help="Gate: exit 1 if end to end is not this much faster."),
+    "seconds": click.option(
+        "--seconds",
+        type=click.FloatRange(min=0.1),
+        default=5.0,
+        show_default=True,
+        help="Measuring time per part, original and compressed together.",
+    ),
     "engine": click.option("--engine", type=TARGETS, help="Which engine to use.  [default: ort, else onnx; bench: all that run]"),
     "json": click.option("--json", "as_json", is_flag=True, help="Results as JSON on stdout, progress as JSON lines on stderr."),
     "verbose": click.option("-v", "--verbose", count=True, help="Show warnings of libraries; -vv shows tracebacks."),

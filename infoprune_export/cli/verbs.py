@@ -50,7 +50,7 @@ def cli() -> None:
 @cli.command()
 @options("model", "target", "flops", "latency", "scope", "dtype", "weights", "out", "gpu_arch", "calibration", "samples")
 @options("train_steps", "plan", "random_weights", "dry_run", "original", "resume", "spill", "seed", "device", "threads", "max_drop")
-@options("min_speedup", "json", "verbose", "quiet")
+@options("min_speedup", "seconds", "json", "verbose", "quiet")
 def export(model: str, plan_file: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Compress MODEL, export it, build its engines and validate them (the main job)."""
     from infoprune_export import job, launched, pipeline, requirements
@@ -119,7 +119,7 @@ def build(directory: Path, targets: tuple[str, ...], weights: str | None, archs:
 @click.option(
     "--original", "original", metavar="DIR0", type=click.Path(path_type=Path), help="Bundle of the original, if DIR does not hold it."
 )
-@options("threads", "max_drop", "min_speedup", "json", "verbose", "quiet")
+@options("threads", "max_drop", "min_speedup", "seconds", "json", "verbose", "quiet")
 def validate(directory: Path, original: Path | None, as_json: bool, **given: Any) -> None:
     """Measure a bundle against its original; write report.json and report.html."""
     from infoprune_export.bundle import Bundle
@@ -136,6 +136,7 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
         threads=given["threads"],
         max_drop=given["max_drop"],
         min_speedup=given["min_speedup"],
+        seconds=given["seconds"],
         notify=progress.note,
         progress=progress.counter(),
     )
@@ -149,10 +150,9 @@ def validate(directory: Path, original: Path | None, as_json: bool, **given: Any
 
 @cli.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Measuring time per part.")
 @click.option("--profile-layers", "layers", is_flag=True, help="Time the original's layers instead, by what is kept, for --latency.")
 @click.option("--cpus", type=Cpus(), help="Run on these CPUs alone, such as 0,2-3.  [default: all]")
-@options("engine", "threads", "json", "verbose", "quiet")
+@options("seconds", "engine", "threads", "json", "verbose", "quiet")
 def bench(
     directory: Path,
     seconds: float,
@@ -265,6 +265,7 @@ def _job(model: str, given: dict[str, Any], *, suffix: str = "", **extra: Any) -
     out = given.get("out") or Path("build") / (recipe.name + suffix)
     options = Options(out=out, seed=given["seed"], threads=given["threads"], device=given["device"], **extra)
     options.random_weights, options.spill = given.get("random_weights", False), given.get("spill")
+    options.seconds = given.get("seconds", options.seconds)
     return recipe, options, progress
 
 

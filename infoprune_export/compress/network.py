@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from infoprune_export.compress.surgery import apply_to_layer, apply_to_projector, shape_as_planned
 from infoprune_export.errors import InputError
-from infoprune_export.models.streamed import at_hand, file_shelf, lay_out, load_all, skeleton
+from infoprune_export.models.streamed import at_hand, file_shelf, lay_out, lent_paths, load_all, skeleton
 from infoprune_export.plans import Factors, Plan
 from infoprune_export.tensors import Shapes, TensorFile, write_tensors
 
@@ -67,16 +67,17 @@ def save_compressed(original: nn.Module, plan: Plan, factors: Factors, root: Pat
 
 def _smaller(original: nn.Module, plan: Plan, factors: Factors, names: Shapes) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of the smaller network in the order of `names`, which goes through layers one by one."""
-    layers = {f"{x.path}.": x for x in plan.anatomy.layers()}
+    layers, paths = {x.path: x for x in plan.anatomy.layers()}, lent_paths(plan.anatomy)
     current = None
     with ExitStack() as lent:
         for name in names:
-            at = next((path for path in layers if name.startswith(path)), None)
+            at = next((path for path in paths if name.startswith(f"{path}.")), None)
             if at != current:
                 lent.close()
                 current = at
                 if at is not None:
-                    lent.enter_context(at_hand(original, layers[at].path))
+                    lent.enter_context(at_hand(original, at))
+                if at in layers:
                     apply_to_layer(original, layers[at], plan, factors)
             yield name, _array(original.get_parameter_or_buffer(name))
 

@@ -9,7 +9,6 @@ draws from `generator(seed, step, share)`: the same seed and number of shares gi
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from infoprune_export.compress.accelerators import OneProcess, make_accelerator
 from infoprune_export.errors import InputError
+from infoprune_export.files import written_whole
 from infoprune_export.launched import processes
 from infoprune_export.progress import Progress, Silent
 
@@ -329,13 +329,9 @@ class _Loop:
         if not self.accelerator.is_main_process:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
         content = {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict(), "state": vars(self.state)}
-        with open(part, "wb") as f:
+        with written_whole(path) as f:
             torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
 
     def load(self, path: Path) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)

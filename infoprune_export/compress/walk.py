@@ -1,9 +1,10 @@
 """A model walked one layer at a time by all calibration batches together, forward and back.
 
-A layer's weights are in memory for its turn, and no more than one layer has its activations there: the hidden states between
-layers wait on disk. Going back, a layer runs once more on what it was given, and passes the gradient of its output on to
-its input. What lies between the towers and behind the last one runs as the model itself runs it, with the layers replaced by
-what they gave. A turn whose outcome is on disk is not taken again, so a walk that was killed goes on where it was.
+A layer's weights are in memory for its turn, the embedding's and the output head's for theirs, and no more than one layer has
+its activations there: the hidden states between layers wait on disk. Going back, a layer runs once more on what it was given, and
+passes the gradient of its output on to its input. What lies between the towers and behind the last one runs as the model itself
+runs it, with the layers replaced by what they gave. A turn whose outcome is on disk is not taken again, so a walk that was killed
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from infoprune_export.compress.spill import Spill
 from infoprune_export.models.anatomy import Anatomy, Layer, Tower, TowerName
 from infoprune_export.models.families import feature_layers
-from infoprune_export.models.streamed import at_hand
+from infoprune_export.models.streamed import at_hand, tables_at_hand
 
 if TYPE_CHECKING:
     from infoprune_export.compress.statistics import Batch
@@ -106,7 +107,7 @@ class Stage:
                         calls[n] = call
                         yield n, hidden
 
-        with torch.no_grad():
+        with torch.no_grad(), tables_at_hand(self.model, self.anatomy):
             if self._furthest(tower) < 0:
                 self.spill.put(self._in_front(tower.name, 0), arrive())
             else:  # an earlier run was here; what layers are called with is not on disk, and is soon made
@@ -269,22 +270,24 @@ class Walk:
 
     def _at_the_end(self, loss: Loss) -> Iterator[tuple[str, Tensor]]:
         """Gradients of the loss at the outlets of the language model, batch by batch."""
-        for n, batch in enumerate(self.batches):
-            # Answers come last: logits before the first of them would be most of the memory, and are not needed.
-            first = int((batch.targets != -100).any(0).int().argmax())
-            wanted = batch.targets.shape[1] - first
-            with self.stage.played(n, asking="language") as asked:
-                logits = self.model(**batch.inputs, use_cache=False, logits_to_keep=wanted).logits
-                loss(logits, batch.targets[:, -wanted:]).backward()
-                yield from _gradients(n, asked)
+        with tables_at_hand(self.model, self.anatomy):
+            for n, batch in enumerate(self.batches):
+                # Answers come last: logits before the first of them would be most of the memory, and are not needed.
+                first = int((batch.targets != -100).any(0).int().argmax())
+                wanted = batch.targets.shape[1] - first
+                with self.stage.played(n, asking="language") as asked:
+                    logits = self.model(**batch.inputs, use_cache=False, logits_to_keep=wanted).logits
+                    loss(logits, batch.targets[:, -wanted:]).backward()
+                    yield from _gradients(n, asked)
 
     def _between(self) -> Iterator[tuple[str, Tensor]]:
         """Gradients at the outlets of the vision tower, from those in front of the language model's first layer."""
-        for n in self.stage.calls["vision"]:
-            with self.stage.played(n, asking="vision") as asked:
-                ((_, hidden),) = calls_of(self.model, self.anatomy.language, self.batches[n])
-                hidden.backward(self._gradient("back.language.0", n))
-                yield from _gradients(n, asked)
+        with tables_at_hand(self.model, self.anatomy):
+            for n in self.stage.calls["vision"]:
+                with self.stage.played(n, asking="vision") as asked:
+                    ((_, hidden),) = calls_of(self.model, self.anatomy.language, self.batches[n])
+                    hidden.backward(self._gradient("back.language.0", n))
+                    yield from _gradients(n, asked)
 
     def _back(self, tower: Tower) -> None:
         """Takes the gradients at a tower's outlets back to the input of its first layer, watched."""

@@ -20,6 +20,7 @@ from infoprune_export.engines.primitives import write_out
 from infoprune_export.engines.profiles import Profile, Shape, spanning
 from infoprune_export.engines.whole_blocks import make_whole
 from infoprune_export.errors import InfoPruneError, InputError, NotEnough
+from infoprune_export.files import write_whole
 from infoprune_export.memory import memory
 
 MEMORY_BASE, MEMORY_PER_PROFILE = 1.5, 2.0
@@ -99,8 +100,8 @@ class _Network:
             plan = self._serialise(arch, profiles, engine.with_name("timing.cache"))
         finally:
             lines = [*self._parser_lines, *self._logger.take()]
-            _replace(engine.with_suffix(".log"), "".join(f"{line}\n" for line in lines).encode())
-        _replace(engine, plan)
+            write_whole(engine.with_suffix(".log"), "".join(f"{line}\n" for line in lines))
+        write_whole(engine, plan)
         return engine
 
     def _serialise(self, arch: str, profiles: Sequence[Profile], timing_cache: Path) -> memoryview:
@@ -112,7 +113,7 @@ class _Network:
         if plan is None:
             raise self._build_error(arch)
         if self._flavour.times_kernels:
-            _replace(timing_cache, config.get_timing_cache().serialize())
+            write_whole(timing_cache, config.get_timing_cache().serialize())
         return memoryview(plan)
 
     def _config(self, arch: str, profiles: Sequence[Profile]):
@@ -187,13 +188,6 @@ def _check_memory(graph: Path, weights: int, profiles: int) -> None:
             where=graph,
             mend="build on a machine with more memory, or compress further (a lower --flops)",
         )
-
-
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file beside its place and moves it there, so that a reader or a hard link keeps the old one whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def _logger(flavour: Flavour, directory: Path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.errors import InputError, NotEnough
-from infoprune_export.hashes import file_sha256
+from infoprune_export.files import file_sha256
 from infoprune_export.memory import memory
 from infoprune_export.models.families import check_family
 from infoprune_export.models.hub import fetch, is_hub_id, known_sha256

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infoprune_export.errors import InputError
+from infoprune_export.files import written_whole
 from infoprune_export.models.families import check_family, find_anatomy
 from infoprune_export.models.load import INDEX
 
@@ -170,15 +170,11 @@ def _write_shard(path: Path, tensors: list[Entry], values: _Values, progress: Ca
         header[t.name] = {"dtype": name, "shape": t.shape, "data_offsets": [offset, offset := offset + t.bytes]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as f:
+    with written_whole(path) as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             values.write(t, f.write)
             progress(1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 class _Values:

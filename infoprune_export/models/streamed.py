@@ -154,17 +154,17 @@ def file_shelf(file: Mapping[str, np.ndarray]) -> Shelf:
 
 
 def lay_out(model: PreTrainedModel, shelf: Shelf, anatomy: Anatomy) -> PreTrainedModel:
-    """Gives a model without weights those outside the layers, and a shelf from which its layers get theirs.
+    """Gives a model without weights the small ones, and a shelf from which its layers, embedding and output head get theirs.
 
     Args:
         model: From `skeleton`.
         shelf: Its weights.
-        anatomy: Says what its layers are.
+        anatomy: Says where they are.
     """
     model.infoprune_shelf = shelf
-    layers = tuple(f"{x.path}." for x in anatomy.layers())
+    lent = tuple(f"{path}." for path in lent_paths(anatomy))
     for name in shelf:
-        if not name.startswith(layers):
+        if not name.startswith(lent):
             _put(model, name, shelf.take(name))
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):  # not `model.to`: what is without weights cannot be moved
@@ -184,6 +184,11 @@ def load_all(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def lent_paths(anatomy: Anatomy) -> list[str]:
+    """Paths of the modules that a laid-out model has no weights for but while they are at hand."""
+    return [*(x.path for x in anatomy.layers()), anatomy.embed_path, anatomy.head_path]
+
+
 @contextmanager
 def at_hand(model: nn.Module, path: str) -> Iterator[nn.Module]:
     """Lends a module its weights; what it holds at the end, changed or not, goes.
@@ -195,13 +200,31 @@ def at_hand(model: nn.Module, path: str) -> Iterator[nn.Module]:
         path: Of the module, such as a layer's.
     """
     module, shelf = model.get_submodule(path), getattr(model, "infoprune_shelf", None)
-    missing = [n for n, p in module.named_parameters() if p.is_meta]
+    missing = [n for n, p in module.named_parameters() if p.is_meta and f"{path}.{n}" in (shelf or ())]
     with ExitStack() as after:
         if missing:
             after.callback(lambda: _empty(model.get_submodule(path)))
             for name in missing:
                 _put(module, name, shelf.take(f"{path}.{name}"))
         yield module
+
+
+@contextmanager
+def tables_at_hand(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+    """Lends a model its embedding and its output head, which are one table where they are tied; see `at_hand`.
+
+    Of a large vocabulary they are several layers' worth of memory, and what runs between them needs neither.
+    """
+    embedding, head = model.get_submodule(anatomy.embed_path), model.get_submodule(anatomy.head_path)
+    tied = head.weight is embedding.weight
+    try:
+        with at_hand(model, anatomy.embed_path), at_hand(model, anatomy.head_path):
+            if tied:
+                head.weight = embedding.weight
+            yield
+    finally:
+        if tied:
+            head.weight = embedding.weight
 
 
 def _empty(module: nn.Module) -> None:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from infoprune_export.data.images import to_rgb
 from infoprune_export.errors import InputError
-from infoprune_export.recipe import first_problem
 from infoprune_export.runtime.config import read_json
+from infoprune_export.schema import Strict, first_problem
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CLIP = {"size": {"shortest_edge": 224}, "do_center_crop": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}
@@ -39,11 +39,7 @@ def _size(value: Any, square: bool) -> Any:
     return value
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Size(_Strict):
+class Size(Strict):
     """Height and width, or the shortest edge alone."""
 
     height: int | None = Field(None, gt=0)

@@ -6,18 +6,15 @@ reason in `report.Report.not_measured`.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from infoprune_export.recipe import Workload
+from infoprune_export.schema import Strict
 
 PARTS = ("vision", "prefill", "decode", "end_to_end")
 
 
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ComponentNumerics(Record):
+class ComponentNumerics(Strict):
     """One component of one engine against the same network in float arithmetic, on identical inputs: PyTorch in fp32, or for
     quantised weights its portable graph."""
 
@@ -30,7 +27,7 @@ class ComponentNumerics(Record):
     message: str | None = Field(None, description="what failed")
 
 
-class GenerationNumerics(Record):
+class GenerationNumerics(Strict):
     """Greedy continuations of one engine against those of the same network in float arithmetic."""
 
     engine: str
@@ -42,14 +39,14 @@ class GenerationNumerics(Record):
     message: str | None = None
 
 
-class Distance(Record):
+class Distance(Strict):
     """One component with quantised weights against the float network's in PyTorch: what quantising did, which is no fault."""
 
     max_rel: float = Field(description="largest absolute difference over the largest absolute value of the float network")
     cosine: float = Field(description="smallest cosine similarity of any row")
 
 
-class Quantisation(Record):
+class Quantisation(Strict):
     """The compressed network with quantised weights, one for each type of graph."""
 
     weights: str = Field(description="int8 or int4")
@@ -59,12 +56,12 @@ class Quantisation(Record):
     prompts: int = 0
 
 
-class Interval(Record):
+class Interval(Strict):
     low: float
     high: float
 
 
-class Accuracy(Record):
+class Accuracy(Strict):
     """Official score of a task, through an exported engine, with 95% intervals."""
 
     original: float | None
@@ -89,7 +86,7 @@ class Accuracy(Record):
         return self.drop_points if self.quantised is None else self.quantised_drop_points
 
 
-class Timing(Record):
+class Timing(Strict):
     """Order statistics of repeated runs, in milliseconds."""
 
     median_ms: float
@@ -102,7 +99,7 @@ class Timing(Record):
     n: int
 
 
-class PartLatency(Record):
+class PartLatency(Strict):
     """One part of a request, original and compressed measured in turn in one run."""
 
     original: Timing | None
@@ -118,7 +115,7 @@ class PartLatency(Record):
         return self.speedup if self.quantised is None else self.quantised_speedup
 
 
-class LatencySettings(Record):
+class LatencySettings(Strict):
     """What the latencies of one engine depend on."""
 
     dtype: str
@@ -140,7 +137,7 @@ class LatencySettings(Record):
         return "".join(kinds - {"cpu"})
 
 
-class Size(Record):
+class Size(Strict):
     """Bytes of the three ONNX graphs with their weights, in the bundle's first dtype."""
 
     original_bytes: int | None
@@ -148,7 +145,7 @@ class Size(Record):
     quantised_bytes: int | None = Field(None, description="with quantised weights, the float embedding included")
 
 
-class Gate(Record):
+class Gate(Strict):
     """A check that decides the exit code."""
 
     required: str
@@ -156,19 +153,19 @@ class Gate(Record):
     passed: bool
 
 
-class NotMeasured(Record):
+class NotMeasured(Strict):
     what: str
     reason: str
 
 
-class Estimate(Record):
+class Estimate(Strict):
     """A figure that was predicted before the work, and measured."""
 
     predicted: float
     measured: float | None = Field(None, description="null where an earlier run had done a part of the work")
 
 
-class Resources(Record):
+class Resources(Strict):
     """What compressing and exporting took on the machine that made the bundle."""
 
     memory_bytes: Estimate = Field(description="peak of memory that no file lies behind")

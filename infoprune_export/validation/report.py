@@ -9,14 +9,16 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from infoprune_export.bundle import Flops, write_atomically
+from infoprune_export.bundle import Flops
 from infoprune_export.errors import GateFailed, InputError
+from infoprune_export.files import write_whole
 from infoprune_export.plans import LatencyBudget, Plan, Source, TrainingRecord
-from infoprune_export.recipe import Workload, first_problem
+from infoprune_export.recipe import Workload
+from infoprune_export.schema import Strict, first_problem
 from infoprune_export.validation.records import (
     Accuracy,
     ComponentNumerics,
@@ -26,18 +28,16 @@ from infoprune_export.validation.records import (
     NotMeasured,
     PartLatency,
     Quantisation,
-    Record,
     Resources,
     Size,
 )
 from infoprune_export.workspace import full_disk
 
-SCHEMA_VERSION = 1
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 
 
-class Report(Record):
-    schema_version: int = SCHEMA_VERSION
+class Report(Strict):
+    schema_version: Literal[1] = 1
     tool: str
     name: str = Field(description="the recipe's name")
     source: Source
@@ -112,8 +112,8 @@ class Report(Record):
                 self._keep(Report.read(directory / REPORT_JSON))
         page = report_page(self, plan)
         try:
-            write_atomically(directory / REPORT_JSON, self.to_json())
-            write_atomically(directory / REPORT_HTML, page)
+            write_whole(directory / REPORT_JSON, self.to_json())
+            write_whole(directory / REPORT_HTML, page)
         except OSError as e:
             raise full_disk(e, directory, mend="make space and run it again") or _not_writable(directory) from e
 

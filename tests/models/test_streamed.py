@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from infoprune_export.errors import InputError
 from infoprune_export.models.families import find_anatomy
 from infoprune_export.models.load import locate
-from infoprune_export.models.streamed import at_hand, load_all
+from infoprune_export.models.streamed import at_hand, load_all, tables_at_hand
 
 
 def saved(tmp_path, vision="clip", language="llama", **options):
@@ -50,6 +50,28 @@ def test_layers_have_weights_only_while_they_are_at_hand(tmp_path):
     with pytest.raises(RuntimeError), at_hand(out, layer.path):
         raise RuntimeError
     assert all(p.is_meta for p in module.parameters())
+
+
+@pytest.mark.parametrize("language", ["llama", "qwen2"])
+def test_embedding_and_head_have_weights_only_while_they_are_at_hand_and_stay_tied(tmp_path, language):
+    model, source = saved(tmp_path, language=language)
+    out = source.open_model()
+    embedding, head, tied = out.get_input_embeddings(), out.lm_head, language == "qwen2"
+
+    def there() -> list[bool]:
+        assert (head.weight is embedding.weight) == tied
+        return [not x.weight.is_meta for x in (embedding, head)]
+
+    for _ in range(2):
+        assert there() == [False, False]
+        with pytest.raises(KeyError), tables_at_hand(out, find_anatomy(out)):
+            assert there() == [True, True]
+            assert torch.equal(embedding.weight, model.get_input_embeddings().weight) and torch.equal(head.weight, model.lm_head.weight)
+            raise KeyError
+    with tables_at_hand(model, find_anatomy(model)):
+        pass
+    assert torch.equal(model.lm_head.weight, load_all(out).lm_head.weight), "what is in memory stays there"
+    assert there() == [True, True]
 
 
 def test_what_is_outside_the_layers_goes_to_the_device_and_nothing_is_moved_from_where_there_are_no_weights(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_quality  # noqa: E402
 from networks import IMAGE_TOKEN, IMAGE_TOKENS, build, inputs  # noqa: E402
-from quality import campaign, outputs, work  # noqa: E402
+from quality import campaign, outputs, run, work  # noqa: E402
 from quality.campaign import BEST_PAIR, Tuned, describe, only, quick_stage, stages  # noqa: E402
 from quality.exam import Exam, grow  # noqa: E402
 from quality.methods import ABLATIONS, CANDIDATES, METHODS, OURS, PAIRS, SWAPS  # noqa: E402
@@ -343,3 +343,34 @@ def test_a_quick_run_measures_its_checks_and_goes_on(tmp_path, monkeypatch, caps
     assert bench_quality.main(["--quick", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "rows.jsonl").read_bytes() == before
     assert capsys.readouterr().err == "", "nothing is measured twice"
+
+
+def test_rows_that_are_measured_again_are_held_against_the_recorded_ones(tmp_path, monkeypatch, capsys):
+    tasks = [Task("tiny", OURS.name, b) for b in (0.5, 0.6, 0.8)]
+    recorded = RowFile(tmp_path / "rows.jsonl")
+    for task in tasks:
+        recorded.add(Row(Named().key_of(task), task, 0.5, {"a": task.budget}, {"a": 10}, device="a GPU"))
+    before = recorded.path.read_bytes()
+
+    class OneIsWorse(campaign.Crew):
+        def __init__(self, workers, threads, book, versions, device="cpu"):
+            self.book, self.versions, self.broken = book, versions, 0
+
+        def __exit__(self, *error):
+            pass
+
+        def measure(self, title, todo):
+            for task in todo:
+                self.book.add(Row(self.versions.key_of(task), task, 0.5, {"a": min(task.budget, 0.75)}, {"a": 10}))
+
+    monkeypatch.setattr(run, "Crew", OneIsWorse)
+    monkeypatch.setattr(run, "Versions", Named)
+    monkeypatch.setattr(run, "stages", lambda: [campaign.Stage("tiny.free", tuple(tasks))])
+    monkeypatch.setattr(campaign.Tuned, "filled", lambda self, task: task)
+    assert bench_quality.main(["--again", "9", "--out", str(tmp_path)]) == 0
+    assert "2 of 3 rows, drawn from 3, came to the same accuracies; the furthest is 5.000 points off" in capsys.readouterr().out
+    found = json.loads((tmp_path / "again.json").read_text())
+    assert {r["group"]: (r["recorded"]["accuracy"]["a"], r["again"]["accuracy"]["a"], r["again"]["device"]) for r in found["rows"]} == {
+        f"tiny.free.{b}": (b, min(b, 0.75), "cpu") for b in (0.5, 0.6, 0.8)
+    }
+    assert recorded.path.read_bytes() == before

@@ -41,7 +41,7 @@ def test_a_report_that_cannot_be_written(report, plan, tmp_path, monkeypatch, co
     def refuse(path, text):
         raise OSError(code, "no")
 
-    monkeypatch.setattr(report_module, "write_atomically", refuse)
+    monkeypatch.setattr(report_module, "write_whole", refuse)
     with pytest.raises(error, match=message):
         report.write(tmp_path, plan)
 

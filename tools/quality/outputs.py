@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infoprune_export.bundle import write_atomically
 from infoprune_export.engines.machine import machine_report
+from infoprune_export.files import write_whole
 from infoprune_export.versions import library_versions
 from quality.campaign import QUICK_IMAGES, Stage, Tuned
 from quality.methods import METHODS, ORIGINAL, OURS
@@ -47,8 +47,30 @@ def write(
     head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
     _json(out / "summary.json", head | {"checks": checks(results, compress_seconds)})
     _json(out / "results.json", head | {"notes": list(notes), "rows": [_record(r) for r in [*rows, *earlier]], "tuned": tuned})
-    write_atomically(out / "table.md", table(results, notes))
+    write_whole(out / "table.md", table(results, notes))
     figure(results, out / "accuracy.png")
+
+
+def write_again(out: Path, pairs: Sequence[tuple[Row, Row]], among: int) -> None:
+    """Writes again.json: rows as recorded and as measured once more.
+
+    Args:
+        out: Directory; made if need be.
+        pairs: As recorded, and as measured now.
+        among: Rows that they were drawn from.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"group": old.task.group, "method": old.task.method, "seed": old.task.seed, "n": new.n}
+        | {name: {"accuracy": r.accuracy, "device": r.device, "commit": r.commit} for name, r in (("recorded", old), ("again", new))}
+        | {"points": 100 * (new.mean - old.mean)}
+        for old, new in pairs
+    ]
+    same = sum((old.accuracy, old.n) == (new.accuracy, new.n) for old, new in pairs)
+    furthest = max((abs(row["points"]) for row in rows), default=0.0)
+    print(f"{same} of {len(rows)} rows, drawn from {among}, came to the same accuracies; the furthest is {furthest:.3f} points off")
+    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
+    _json(out / "again.json", head | {"among": among, "same": same, "rows": rows})
 
 
 def tuned_record(tuned: Tuned, stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -210,4 +232,4 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")

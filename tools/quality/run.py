@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from pathlib import Path
 
 from quality import outputs
 from quality.campaign import Crew, Stage, Tuned, only, quick_stage, stages
@@ -28,10 +31,7 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         Exit code: 0, or 1 if a row could not be measured.
     """
-    absent = {name: reason for name, setting in SETTINGS.items() if (reason := setting.absent())}
-    for reason in absent.values():
-        print(f"left out: {reason}", file=sys.stderr)
-    whole = [s for s in stages() if s.tasks[0].setting not in absent]
+    whole = _measurable()
     book, versions = RowFile(args.rows), Versions()
     tuned, broken = Tuned(book, versions), 0
     if not args.report:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
                 crew.measure(stage.name, _filled(stage, tuned))
                 _write(args, whole, book, versions, tuned)
         broken = crew.broken
-        if TIMED.setting not in absent and any(fnmatch("smol.time", pattern) for pattern in args.only or ["*"]):
+        if not SETTINGS[TIMED.setting].absent() and any(fnmatch("smol.time", pattern) for pattern in args.only or ["*"]):
             with Crew(1, TIMED_CORES, book, versions) as alone:
                 alone.measure("smol.time", [TIMED])
             broken += alone.broken
@@ -71,6 +71,34 @@ def run_quick(args: argparse.Namespace) -> int:
     rows = [row for t in tasks if (row := book.get(versions.key_of(t)))]
     outputs.write(args.out, rows, [], None, notes)
     return 1 if crew.broken else 0
+
+
+def run_again(args: argparse.Namespace) -> int:
+    """Measures recorded rows anew, drawn at random among those of today's code, and writes down what came of it.
+
+    What was recorded stays. See `run`.
+    """
+    book, versions = RowFile(args.rows), Versions()
+    tuned, known = Tuned(book, versions), {}
+    for stage in only(_measurable(), args.only):
+        for task in _filled(stage, tuned):
+            if (row := book.get(versions.key_of(task))) and not row.failed:
+                known[row.key] = replace(row, task=task)
+    drawn = random.SystemRandom().sample(list(known.values()), min(args.again, len(known)))
+    with tempfile.TemporaryDirectory() as directory:
+        anew = RowFile(Path(directory) / "rows.jsonl")
+        with Crew(args.workers, args.threads, anew, versions, args.device) as crew:
+            crew.measure("again", [row.task for row in drawn])
+    outputs.write_again(args.out, [(row, found) for row in drawn if (found := anew.get(row.key))], len(known))
+    return 1 if crew.broken else 0
+
+
+def _measurable() -> list[Stage]:
+    """The stages whose models are there; says which are not."""
+    absent = {name: reason for name, setting in SETTINGS.items() if (reason := setting.absent())}
+    for reason in absent.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    return [s for s in stages() if s.tasks[0].setting not in absent]
 
 
 def _filled(stage: Stage, tuned: Tuned) -> Iterable[Task]:

@@ -37,7 +37,7 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        target = ["--target", "onnx", "--dtype", "fp16", "--no-original", "--quiet"]
+        target = ["--target", "onnx", "--dtype", "fp16", "--no-original", "--seconds", "0.5", "--quiet"]
         amount = ["--random-weights", "--flops", str(self.flops), "--samples", str(self.samples)]
         return [sys.executable, "-m", "infoprune_export", self.model, *amount, *target, "--out", str(self.out)]
 
