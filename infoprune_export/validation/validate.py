@@ -155,12 +155,12 @@ class Run:
             dtypes: list[Precision] = [*manifest.dtypes[: 1 if engine == "trt" else None], *manifest.quantised]
             for dtype in dtypes:
                 try:
-                    session = Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)
+                    opened = [Session.open(self.bundle, engine=engine, dtype=dtype, threads=self.threads)]
                 except InfoPruneError as e:
                     absent[dtype] = e
                 else:
-                    yield Variant(engine, dtype if is_quantised(dtype) else dtype_of(session)), session
-                    del session
+                    variant = Variant(engine, dtype if is_quantised(dtype) else dtype_of(opened[0]))
+                    yield variant, opened.pop()  # and is gone once whoever asked for it lets go of it
             broken = {dtype: e for dtype, e in absent.items() if is_held(self.bundle, engine, dtype)}
             first = next(iter(absent.values()), None)
             if engines and (broken or len(absent) == len(dtypes)):
@@ -179,7 +179,7 @@ class Run:
         suffix, as in `vision_encoder_fp16` and `generation_trt_fp16`.
         """
         reference = read_reference(self.bundle.reference)
-        references = _References(self, reference)
+        references = _references(self, reference)  # now: each takes a session of its own
         runnable: list[Variant] = []
         plain: Variant | None = None
         for variant, session in self.sessions(engines, ("numerics", "latency")):
@@ -187,10 +187,9 @@ class Run:
             plain = plain or variant
             suffix = ("" if engine == plain.engine else f"_{engine}") + ("" if dtype == plain.dtype else f"_{dtype}")
             limits = limits_of(engine, self.bundle.manifest.workload)
-            try:
-                held = references[dtype] if variant.quantised else reference
-            except InputError as e:  # bfloat16, for which the CPU has no kernels
-                self.skip(f"numerics.{engine}.{dtype}", f"its portable graph does not run here: {_one_line(e)}")
+            held = references[dtype] if variant.quantised else reference
+            if isinstance(held, InputError):  # bfloat16, for which the CPU has no kernels
+                self.skip(f"numerics.{engine}.{dtype}", f"its portable graph does not run here: {_one_line(held)}")
                 runnable.append(variant)
                 del session
                 continue
@@ -329,22 +328,22 @@ class Run:
             return None
 
 
-class _References(dict[Precision, Reference]):
-    """What engines with quantised weights are held against; each is made when first asked for, and its distance noted."""
-
-    def __init__(self, run: Run, floating: Reference):
-        super().__init__()
-        self.run, self.floating = run, floating
-
-    def __missing__(self, precision: Precision) -> Reference:
-        run, told = self.run, self.run.report.quantisation
-        self[precision] = made = quantisation.float_answers(run.bundle, precision, self.floating, run.threads)
-        found, alike = quantisation.distance(made, self.floating)
-        told.distance |= {f"{component}_{precision}": x for component, x in found.items()}
+def _references(run: Run, floating: Reference) -> dict[Precision, Reference | InputError]:
+    """What engines with quantised weights are held against, or why it cannot be made; the distance of each is noted."""
+    found: dict[Precision, Reference | InputError] = {}
+    for precision in run.bundle.manifest.quantised:
+        try:
+            made = quantisation.float_answers(run.bundle, precision, floating, run.threads)
+        except InputError as e:
+            found[precision] = e
+            continue
+        found[precision], told = made, run.report.quantisation
+        distance, alike = quantisation.distance(made, floating)
+        told.distance |= {f"{component}_{precision}": x for component, x in distance.items()}
         told.prompts, told.identical_token_ids[precision] = len(made.prompts), alike
-        for component, x in found.items():
+        for component, x in distance.items():
             run.notify(quantisation.describe(f"{component}_{precision}", x))
-        return made
+    return found
 
 
 def _graph_bytes(bundle: Bundle, dtype: Precision, original: bool) -> int:

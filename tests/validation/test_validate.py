@@ -440,3 +440,22 @@ def test_one_session_is_in_memory_at_a_time(bundle, monkeypatch):
     run = Run(bundle, None, 1, lambda line: None, lambda *told: None)
     run.check_numerics(None)
     assert most == [0, 0]
+
+
+def test_no_session_is_in_memory_beside_those_that_look_inside_a_graph(bundle, make_session, monkeypatch):
+    alive, beside = weakref.WeakSet(), []
+
+    def open_session(bundle, **given):
+        alive.add(session := make_session(0, **SIZES))
+        return session
+
+    def look(*given):
+        gc.collect()
+        beside.append(len(alive))
+
+    monkeypatch.setattr(Session, "open", open_session)
+    monkeypatch.setattr("infoprune_export.validation.validate.dtype_of", lambda session: "fp16")
+    monkeypatch.setattr("infoprune_export.validation.validate.first_overflow", look)
+    bundle.manifest.dtypes = ["fp16"]
+    validate_bundle(bundle, engines=["onnx"], evaluation={}, seconds=0)
+    assert beside == [0]
