@@ -50,21 +50,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def scaling(work: Path, name: str) -> dict[str, Any]:
     """A run of one size: parameters, bytes of the largest layer in float32, what compressing took, and all of the process tree."""
     from scale.runs import Run
-    from scale.shapes import SIZES
-
-    from infoprune_export.inspect import parameters
-    from infoprune_export.models.families import find_anatomy
-    from infoprune_export.models.streamed import skeleton
+    from scale.shapes import SIZES, counted
 
     config = SIZES[name].write(work / f"config-{name}")
-    model = skeleton(config)
     run = Run(str(config), work / f"scaling-{name}", SAMPLES, FLOPS)
     result = run.whole()
     print(f"  {name}: {result['seconds']:.0f} s, {result['tree_bytes'] / 2**30:.2f} GiB", flush=True)
     shutil.rmtree(run.out)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "layer_bytes": 4 * max(parameters(x, None) for x in find_anatomy(model).layers()),
+    return counted(config / "config.json") | {
         "resources": result["report"]["resources"],
         "tree_bytes": result["tree_bytes"],
         "seconds": result["seconds"],
@@ -118,7 +111,10 @@ def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _points(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every size that was measured, in ascending order."""
-    return sorted(found.get("scaling", {}).get("sizes", {}).values(), key=lambda x: x["parameters"])
+    points = list(found.get("scaling", {}).get("sizes", {}).values())
+    if "parameters" in (largest := found.get("llava7b", {})):
+        points.append(largest | {"resources": largest["run"]["report"]["resources"]})
+    return sorted(points, key=lambda x: x["parameters"])
 
 
 def _seconds(point: dict[str, Any]) -> float:

@@ -370,7 +370,10 @@ def test_rows_that_are_measured_again_are_held_against_the_recorded_ones(tmp_pat
     assert bench_quality.main(["--again", "9", "--out", str(tmp_path)]) == 0
     assert "2 of 3 rows, drawn from 3, came to the same accuracies; the furthest is 5.000 points off" in capsys.readouterr().out
     found = json.loads((tmp_path / "again.json").read_text())
-    assert {r["group"]: (r["recorded"]["accuracy"]["a"], r["again"]["accuracy"]["a"], r["again"]["device"]) for r in found["rows"]} == {
+    (draw,) = found["draws"]
+    assert {r["group"]: (r["recorded"]["accuracy"]["a"], r["again"]["accuracy"]["a"], r["again"]["device"]) for r in draw["rows"]} == {
         f"tiny.free.{b}": (b, min(b, 0.75), "cpu") for b in (0.5, 0.6, 0.8)
     }
     assert recorded.path.read_bytes() == before
+    assert bench_quality.main(["--again", "1", "--only", "tiny.free.0.5", "--out", str(tmp_path)]) == 0
+    assert [len(d["rows"]) for d in json.loads((tmp_path / "again.json").read_text())["draws"]] == [3, 1]

@@ -51,11 +51,12 @@ def write(
     figure(results, out / "accuracy.png")
 
 
-def write_again(out: Path, pairs: Sequence[tuple[Row, Row]], among: int) -> None:
-    """Writes again.json: rows as recorded and as measured once more.
+def write_again(out: Path, asked: Sequence[str], pairs: Sequence[tuple[Row, Row]], among: int) -> None:
+    """Writes again.json: rows as recorded and as measured once more, behind earlier draws of the same commit.
 
     Args:
         out: Directory; made if need be.
+        asked: Patterns that say what was drawn from; all where there are none.
         pairs: As recorded, and as measured now.
         among: Rows that they were drawn from.
     """
@@ -69,8 +70,10 @@ def write_again(out: Path, pairs: Sequence[tuple[Row, Row]], among: int) -> None
     same = sum((old.accuracy, old.n) == (new.accuracy, new.n) for old, new in pairs)
     furthest = max((abs(row["points"]) for row in rows), default=0.0)
     print(f"{same} of {len(rows)} rows, drawn from {among}, came to the same accuracies; the furthest is {furthest:.3f} points off")
-    head = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}
-    _json(out / "again.json", head | {"among": among, "same": same, "rows": rows})
+    head, path = {"commit": commit(), "machine": machine_report().description(), "versions": library_versions()}, out / "again.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    draws = before["draws"] if before.get("commit") == head["commit"] else []
+    _json(path, head | {"draws": [*draws, {"asked": list(asked), "among": among, "same": same, "rows": rows}]})
 
 
 def tuned_record(tuned: Tuned, stages: Sequence[Stage]) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def run_again(args: argparse.Namespace) -> int:
         anew = RowFile(Path(directory) / "rows.jsonl")
         with Crew(args.workers, args.threads, anew, versions, args.device) as crew:
             crew.measure("again", [row.task for row in drawn])
-    outputs.write_again(args.out, [(row, found) for row in drawn if (found := anew.get(row.key))], len(known))
+    outputs.write_again(args.out, args.only, [(row, found) for row in drawn if (found := anew.get(row.key))], len(known))
     return 1 if crew.broken else 0
 
 

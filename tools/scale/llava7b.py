@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale.runs import Run, tree_anonymous
+from scale.shapes import CONFIG, counted
 
 BUNDLE = "llava"
 """The bundle's name in the benchmark's folder of work."""
@@ -41,10 +42,11 @@ def measure(work: Path, samples: int, threads: int) -> dict[str, Any]:
         threads: Of everything.
 
     Returns:
-        `run` (see `Run.whole`), `flops` kept, `token_bytes` and `engine`: seconds, or the reason why there is none.
+        What `shapes.counted` says, `run` (see `Run.whole`), `flops` kept, `token_bytes` and `engine`: seconds, or the reason why
+        there is none.
     """
     run = Run("llava", work / BUNDLE, samples)
-    found: dict[str, Any] = {"run": run.whole()}
+    found: dict[str, Any] = counted(CONFIG) | {"run": run.whole()}
     found["flops"] = found["run"]["report"]["flops"]["achieved"]
     decoder = run.out / "onnx" / "decoder_model_merged_fp16.onnx"
     found["token_bytes"] = _peak([sys.executable, "-c", TOKEN, str(decoder)])

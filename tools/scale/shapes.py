@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CONFIG = Path(__file__).resolve().parents[2] / "infoprune_export" / "models" / "configs" / "llava-hf--llava-1.5-7b-hf.json"
 
@@ -44,6 +45,19 @@ class Size:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         return directory
+
+
+def counted(config: Path) -> dict[str, Any]:
+    """Of the network that a config describes: `parameters`, and `layer_bytes` of its largest layer in float32."""
+    from infoprune_export.inspect import parameters
+    from infoprune_export.models.families import find_anatomy
+    from infoprune_export.models.random_weights import RandomCheckpoint
+
+    model = RandomCheckpoint(config, 0).model
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layer_bytes": 4 * max(parameters(x, None) for x in find_anatomy(model).layers()),
+    }
 
 
 SIZES = {
