@@ -30,8 +30,6 @@ PASS_SPEED = 0.7
 EIGEN_FLOPS, EIGEN_FLOPS_DOUBLE = 42.0, 330.0
 """Decompositions and products on one moment of n columns, in n^3 at the speed of a large product: of wide ones, and of those that are
 computed in float64 (seen from 0.1 to 7 billion parameters)."""
-DOUBLE_UP_TO = 1024
-"""Columns."""
 TRACE_SECONDS, BYTES_A_SECOND = 20.0, 110e6
 """Tracing the graphs, and writing network, factors and graphs (seen)."""
 BYTES: dict[Dtype, int] = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -141,13 +139,15 @@ class Work:
 
     def _layer_flops(self, layer: Layer) -> float:
         """What compressing a layer takes, in FLOPs at the speed of a large product."""
+        from infoprune_export.compress.spectra import WIDE
+
         o, widths = layer.attention.o, _ffn_widths(layer)
         towers = tower_passes(self.anatomy, self.workload.model_copy(update={"batch": 1, "new_tokens": 1}))
         forward = self.samples * layer_flops(layer, None, towers[layer.tower])
         squares = o.d_in**2 + o.d_out**2 + 2 * sum(n**2 for n in widths)
         moments = 2 * self.samples * self._tokens(layer) * squares
         passes = 1 + 2 * self.weighted + 3 * bool(self.answers) + 2
-        algebra = sum((EIGEN_FLOPS_DOUBLE if n <= DOUBLE_UP_TO else EIGEN_FLOPS) * n**3 for n in (o.d_out, *widths))
+        algebra = sum((EIGEN_FLOPS if n > WIDE else EIGEN_FLOPS_DOUBLE) * n**3 for n in (o.d_out, *widths))
         return (passes * forward + 1.5 * moments) / PASS_SPEED + algebra
 
 

@@ -213,9 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "llava7b" in wanted:
             measure("llava7b", lambda: llava7b.measure(work, SAMPLES, args.threads))
     finally:
-        for rest in work.iterdir():
-            if rest.name != llava7b.BUNDLE or "llava7b" in run.found:  # hours of work: the same command goes on with it
-                shutil.rmtree(rest, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     print(args.out / "table.md")
     return 0
 

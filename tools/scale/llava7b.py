@@ -11,9 +11,6 @@ from typing import Any
 from scale.runs import Run, tree_anonymous
 from scale.shapes import CONFIG, counted
 
-BUNDLE = "llava"
-"""The bundle's name in the benchmark's folder of work."""
-
 TOKEN = """
 import sys
 import numpy as np
@@ -45,7 +42,7 @@ def measure(work: Path, samples: int, threads: int) -> dict[str, Any]:
         What `shapes.counted` says, `run` (see `Run.whole`), `flops` kept, `token_bytes` and `engine`: seconds, or the reason why
         there is none.
     """
-    run = Run("llava", work / BUNDLE, samples)
+    run = Run("llava", work / "llava", samples)
     found: dict[str, Any] = counted(CONFIG) | {"run": run.whole()}
     found["flops"] = found["run"]["report"]["flops"]["achieved"]
     decoder = run.out / "onnx" / "decoder_model_merged_fp16.onnx"
